@@ -1,0 +1,296 @@
+// Package cluster is the cluster duty: the one elected coordinator resolves the
+// credentials of every ImagePullSecret, merges and renders them, and delivers, repairs,
+// hands over and prunes the target Secrets of all namespaces. It alone writes status.
+//
+// It never touches a Secret that is not imps's own.
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	coordinationv1client "k8s.io/client-go/kubernetes/typed/coordination/v1"
+	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/metadata"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/leaderelection"
+	"k8s.io/client-go/tools/leaderelection/resourcelock"
+	"k8s.io/client-go/tools/record"
+	"k8s.io/klog/v2"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+const (
+	// duty is this package's name in metrics and logs.
+	duty = "cluster"
+
+	// LeaseName is the Lease that the coordinators compete for. It is banzaicloud/imps's,
+	// so that the two never write at the same time where they share a namespace.
+	LeaseName = "73de1ad9.banzaicloud.io"
+
+	// writers bound the writes of target Secrets that are in flight.
+	writers = 32
+	// callTimeout bounds one request to the API server.
+	callTimeout = 10 * time.Second
+
+	// DefaultDemandLinger is how long a namespace keeps its Secret after the last Pod
+	// that selected it is gone.
+	DefaultDemandLinger = time.Minute
+	// nodeGoneDelay is how long a report outlives its Node.
+	nodeGoneDelay = 10 * time.Minute
+
+	// Lease times: a dead leader is replaced after at most leaseDuration + retryPeriod.
+	leaseDuration = 15 * time.Second
+	renewDeadline = 10 * time.Second
+	retryPeriod   = 3 * time.Second
+)
+
+// Any, as the only element of a list of names, allows every name.
+const Any = "*"
+
+// errSuperseded ends a term in which another leader was seen at work.
+var errSuperseded = errors.New("another coordinator leads")
+
+// Config is what a Coordinator needs.
+type Config struct {
+	// Namespace holds the Lease, the state Secrets and the node reports.
+	Namespace         string
+	RenderedNamespace string
+	// TargetSecretNames are the names that a target Secret may have, SourceNamespaces the
+	// namespaces that a source may be in; Any alone allows all.
+	TargetSecretNames []string
+	SourceNamespaces  []string
+	// Excluded namespaces are never selected.
+	Excluded impsync.Exclusion
+	// Identity is this process's own name in the Lease; it must be unique.
+	Identity string
+	// DemandLinger is DefaultDemandLinger where it is zero.
+	DemandLinger time.Duration
+	// Client is the connection to the API server, with the coordinator's own identity.
+	Client   *rest.Config
+	Metrics  *impsync.Metrics
+	Registry prometheus.Registerer
+	Log      *slog.Logger
+}
+
+// Coordinator is the cluster duty.
+type Coordinator struct {
+	config   Config
+	log      *slog.Logger
+	core     corev1client.CoreV1Interface
+	leases   coordinationv1client.CoordinationV1Interface
+	metadata metadata.Interface
+	secrets  *impsync.Secrets
+	images   rest.Interface
+	metrics  *metrics
+	// standby: it waits for the Lease. synced: it leads and has read everything.
+	standby atomic.Bool
+	synced  atomic.Bool
+}
+
+// New returns a Coordinator that starts with Run.
+func New(config Config) (*Coordinator, error) {
+	switch {
+	case config.Namespace == "" || config.RenderedNamespace == "":
+		return nil, errors.New("the cluster duty needs the namespaces of its Lease and of the rendered Secrets")
+	case config.Namespace == config.RenderedNamespace:
+		return nil, errors.New("the rendered Secrets need a namespace of their own: every agent may read all that is in it")
+	case config.Identity == "":
+		return nil, errors.New("the cluster duty needs an identity of its own in the Lease")
+	case len(config.TargetSecretNames) == 0:
+		return nil, errors.New("no target Secret name is allowed: set --target-secret-names")
+	}
+	if config.DemandLinger == 0 {
+		config.DemandLinger = DefaultDemandLinger
+	}
+	c := &Coordinator{config: config, log: config.Log.With("duty", duty)}
+	connection, err := rest.HTTPClientFor(config.Client)
+	if err != nil {
+		return nil, fmt.Errorf("connection to the API server: %w", err)
+	}
+	binary := rest.CopyConfig(config.Client)
+	binary.ContentType = runtime.ContentTypeProtobuf
+	binary.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	if c.core, err = corev1client.NewForConfigAndClient(binary, connection); err != nil {
+		return nil, fmt.Errorf("client: %w", err)
+	}
+	if c.leases, err = coordinationv1client.NewForConfigAndClient(binary, connection); err != nil {
+		return nil, fmt.Errorf("client: %w", err)
+	}
+	if c.metadata, err = metadata.NewForConfigAndClient(config.Client, connection); err != nil {
+		return nil, fmt.Errorf("metadata client: %w", err)
+	}
+	if c.secrets, err = impsync.NewSecrets(config.Client, connection); err != nil {
+		return nil, err
+	}
+	scheme := runtime.NewScheme()
+	if err := v1alpha1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	images := rest.CopyConfig(config.Client)
+	images.GroupVersion = &v1alpha1.GroupVersion
+	images.APIPath = "/apis"
+	images.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	if c.images, err = rest.RESTClientForConfigAndClient(images, connection); err != nil {
+		return nil, fmt.Errorf("client for ImagePullSecrets: %w", err)
+	}
+	if c.metrics, err = newMetrics(config.Registry); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Ready returns nil where the coordinator waits for the Lease, or leads and has read
+// everything that it decides from.
+func (c *Coordinator) Ready() error {
+	if c.standby.Load() || c.synced.Load() {
+		return nil
+	}
+	return errors.New("the cluster duty has not read the cluster yet")
+}
+
+// Leading reports whether this process leads and has read everything.
+func (c *Coordinator) Leading() bool { return c.synced.Load() }
+
+// Run competes for the Lease and leads whenever it holds it, until ctx ends; then it
+// finishes what is in flight and gives the Lease up. It returns an error only where going
+// on makes no sense. A Coordinator runs once.
+func (c *Coordinator) Run(ctx context.Context) error {
+	events := record.NewBroadcaster(record.WithContext(klog.NewContext(context.WithoutCancel(ctx), logr.Discard())))
+	defer events.Shutdown()
+	events.StartRecordingToSink(&corev1client.EventSinkImpl{Interface: c.core.Events("")})
+	scheme := runtime.NewScheme()
+	if err := v1alpha1.AddToScheme(scheme); err != nil {
+		return err
+	}
+	recorder := events.NewRecorder(scheme, corev1.EventSource{Component: impsync.FieldManager})
+	for ctx.Err() == nil {
+		if err := c.compete(ctx, recorder); err != nil && !errors.Is(err, errSuperseded) {
+			return err
+		}
+	}
+	return nil
+}
+
+// compete waits for the Lease and leads one term.
+func (c *Coordinator) compete(ctx context.Context, recorder record.EventRecorder) error {
+	// The Lease is given up when the election's context ends. That outlives ctx until the
+	// term has finished what is in flight: who leads next must not meet our writes.
+	election, giveUp := context.WithCancel(klog.NewContext(context.WithoutCancel(ctx), logr.Discard()))
+	defer giveUp()
+	acquired := &acquisition{}
+	defer context.AfterFunc(ctx, func() {
+		if !acquired.Load() {
+			giveUp()
+		}
+	})()
+
+	var termErr error
+	ended := make(chan struct{})
+	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
+		Lock: &resourcelock.LeaseLock{
+			LeaseMeta:  metav1.ObjectMeta{Namespace: c.config.Namespace, Name: LeaseName},
+			Client:     c.leases,
+			LockConfig: resourcelock.ResourceLockConfig{Identity: c.config.Identity, EventRecorder: acquired},
+		},
+		LeaseDuration: leaseDuration, RenewDeadline: renewDeadline, RetryPeriod: retryPeriod,
+		ReleaseOnCancel: true,
+		Name:            LeaseName,
+		Callbacks: leaderelection.LeaderCallbacks{
+			OnStartedLeading: func(held context.Context) {
+				defer close(ended)
+				defer giveUp()
+				c.standby.Store(false)
+				term, stop := context.WithCancel(held)
+				defer stop()
+				defer context.AfterFunc(ctx, stop)()
+				c.metrics.leader.Set(1)
+				defer c.metrics.leader.Set(0)
+				c.log.Info("leading", "identity", c.config.Identity)
+				termErr = newTerm(c, recorder).run(term)
+				c.synced.Store(false)
+				c.log.Info("no longer leading", "identity", c.config.Identity, "cause", cause(ctx, held, termErr))
+			},
+			OnStoppedLeading: func() {},
+		},
+	})
+	if err != nil {
+		return fmt.Errorf("leader election: %w", err)
+	}
+	c.standby.Store(true)
+	elector.Run(election)
+	if acquired.Load() {
+		<-ended
+	}
+	return termErr
+}
+
+// acquisition is true once the Lease was acquired. The elector starts the term in a
+// goroutine and does not wait for it; what it tells its event recorder ("became leader")
+// comes before that, in the elector's own goroutine.
+type acquisition struct{ atomic.Bool }
+
+func (a *acquisition) Eventf(runtime.Object, string, string, string, ...any) { a.Store(true) }
+
+func cause(ctx, held context.Context, err error) string {
+	switch {
+	case err != nil:
+		return err.Error()
+	case ctx.Err() != nil:
+		return "stopping"
+	case held.Err() != nil:
+		return "the Lease could not be renewed"
+	default:
+		return "done"
+	}
+}
+
+// holdsLease asks the API server whether this process still leads.
+func (c *Coordinator) holdsLease(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	lease, err := c.leases.Leases(c.config.Namespace).Get(ctx, LeaseName, metav1.GetOptions{})
+	if err != nil {
+		return fmt.Errorf("read the Lease: %w", err)
+	}
+	if lease.Spec.HolderIdentity == nil || *lease.Spec.HolderIdentity != c.config.Identity {
+		return errSuperseded
+	}
+	return nil
+}
+
+// targetNameAllowed returns what is wrong with the name of a target Secret.
+func (c *Coordinator) targetNameAllowed(name string) error {
+	if allowed(c.config.TargetSecretNames, name) {
+		return nil
+	}
+	return fmt.Errorf("spec.target.secret.name %q is not in --target-secret-names (%s): add it to the chart's value targetSecretNames",
+		name, strings.Join(c.config.TargetSecretNames, ", "))
+}
+
+// sourceNamespaceAllowed returns what is wrong with the namespace of a source.
+func (c *Coordinator) sourceNamespaceAllowed(namespace string) error {
+	if allowed(c.config.SourceNamespaces, namespace) {
+		return nil
+	}
+	return fmt.Errorf("namespace %q is not in --source-namespaces (%s): add it to the chart's value sourceNamespaces",
+		namespace, strings.Join(c.config.SourceNamespaces, ", "))
+}
+
+func allowed(list []string, name string) bool {
+	return slices.Contains(list, name) || len(list) == 1 && list[0] == Any
+}

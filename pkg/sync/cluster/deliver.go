@@ -1,0 +1,541 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+// outcome is what became of a claim in one namespace.
+type outcome struct {
+	kind outcomeKind
+	// counter is the revision that was delivered last, zero where none was.
+	counter uint64
+	// message says what is in the way.
+	message string
+}
+
+type outcomeKind uint8
+
+const (
+	// pending: selected, and not looked at yet.
+	pending outcomeKind = iota
+	// delivered: the Secret is there, with the content of the outcome's counter.
+	delivered
+	// excluded: selected, but for --excluded-namespaces.
+	excluded
+	// conflicted: an older resource claims the same Secret.
+	conflicted
+	// foreign: a Secret that is not ours has the name.
+	foreign
+	// failed: the API server refused the write.
+	failed
+	// undeletable: not selected, but the Secret could not be deleted.
+	undeletable
+)
+
+// verb is what is done with a target Secret.
+type verb uint8
+
+const (
+	leave verb = iota
+	create
+	update
+	adopt
+	remove
+)
+
+func (v verb) String() string { return [...]string{"leave", "create", "update", "adopt", "delete"}[v] }
+
+// decision is what is to be done with one target Secret.
+type decision struct {
+	verb verb
+	// winner is the claim whose content the Secret gets, or had (remove).
+	winner   *claim
+	target   impsync.Target
+	owners   []impsync.ResourceRef
+	existing impsync.Existing
+	// confirm: nothing demands it as far as is known; ask the reports before deleting.
+	confirm bool
+}
+
+// errAgain asks for another look at once.
+var errAgain = errors.New("changed meanwhile")
+
+// mirrorTargets starts the watch of the Secrets of a name. The caller holds the lock.
+func (t *term) mirrorTargets(name string) {
+	if _, ok := t.targets[name]; ok {
+		return
+	}
+	mirror := impsync.NewMirror(impsync.MirrorConfig[impsync.Existing]{
+		Name: "Secrets named " + name, Example: &metav1.PartialObjectMetadata{}, Log: t.log,
+		ListWatch: t.secrets.ListWatch(name),
+		Convert:   func(o runtime.Object) impsync.Existing { return impsync.ExistingOf(o.(*metav1.PartialObjectMetadata)) },
+		OnChange: func(key types.NamespacedName, old, current *impsync.Existing) {
+			if old != nil && current != nil && old.ResourceVersion == current.ResourceVersion {
+				return // our own write, which is known
+			}
+			t.enqueueTarget(targetKey{key.Namespace, key.Name})
+		},
+		Newer: func(a, b impsync.Existing) bool { return newer(a.ResourceVersion, b.ResourceVersion) },
+	})
+	t.targets[name] = mirror
+	t.background(mirror.Run)
+	t.background(func(ctx context.Context) {
+		select {
+		case <-mirror.Synced():
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			t.enqueueNamespaces(name)
+		case <-ctx.Done():
+		}
+	})
+}
+
+func (t *term) enqueueTarget(key targetKey) { t.targetQueue.Add(key) }
+
+// enqueueNamespaces has the Secret of this name looked at in every namespace.
+func (t *term) enqueueNamespaces(name string) {
+	t.namespaces.Range(func(key types.NamespacedName, _ namespaceMeta) bool {
+		t.enqueueTarget(targetKey{key.Name, name})
+		return true
+	})
+}
+
+// enqueueTargetsOf has all Secrets of a claim looked at, also those of an earlier name.
+// The caller holds the lock.
+func (t *term) enqueueTargetsOf(c *claim) {
+	for name, mirror := range t.targets {
+		mirror.Range(func(key types.NamespacedName, x impsync.Existing) bool {
+			if x.OwnerUID == c.ref.UID {
+				t.enqueueTarget(targetKey{key.Namespace, name})
+			}
+			return true
+		})
+	}
+}
+
+// enqueueAllTargets has everything looked at. The caller holds the lock.
+func (t *term) enqueueAllTargets() {
+	for name, mirror := range t.targets {
+		if len(t.byTarget[name]) > 0 {
+			t.enqueueNamespaces(name)
+		}
+		mirror.Range(func(key types.NamespacedName, _ impsync.Existing) bool {
+			t.enqueueTarget(targetKey{key.Namespace, name})
+			return true
+		})
+	}
+}
+
+func (t *term) namespaceChanged(key types.NamespacedName, old, current *namespaceMeta) {
+	if old != nil && current != nil && old.equal(*current) {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.started {
+		return
+	}
+	for name := range t.byTarget {
+		t.enqueueTarget(targetKey{key.Name, name})
+	}
+}
+
+// reconcileTarget brings one target Secret to where it should be.
+func (t *term) reconcileTarget(ctx context.Context, key targetKey) error {
+	for range 5 {
+		d := t.decide(key, time.Now())
+		if d.verb == leave {
+			return nil
+		}
+		err := t.perform(ctx, key, d)
+		if errors.Is(err, errAgain) || impsync.ClassifyError(err) == impsync.ClassConflict && err != nil {
+			if err := t.reread(ctx, key, d); err != nil {
+				return err
+			}
+			continue
+		}
+		t.conclude(key, d, err)
+		return err
+	}
+	// Somebody writes as often as we do: with backoff, then.
+	return fmt.Errorf("Secret %s: %w", key, errAgain)
+}
+
+// decide compares what should be with what is, and notes the outcome of every claim that
+// needs no write.
+func (t *term) decide(key targetKey, now time.Time) decision {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	mirror := t.targets[key.name]
+	if mirror == nil {
+		return decision{}
+	}
+	select {
+	case <-mirror.Synced():
+	default:
+		return decision{} // looked at again once it is
+	}
+	meta, there := t.namespaces.Get(types.NamespacedName{Name: key.namespace})
+	existing, exists := mirror.Get(types.NamespacedName{Namespace: key.namespace, Name: key.name})
+	if !there || meta.terminating {
+		for _, c := range t.byTarget[key.name] {
+			t.note(c, key.namespace, nil)
+		}
+		return decision{}
+	}
+
+	claimants := t.claimants(key, meta, existing, exists, now)
+	if len(claimants) == 0 {
+		return t.decidePrune(existing, exists, key)
+	}
+	winner := claimants[0]
+	for _, loser := range claimants[1:] {
+		t.note(loser, key.namespace, &outcome{kind: conflicted, message: fmt.Sprintf("the older ImagePullSecret %s claims the same Secret", winner.ref.Name)})
+	}
+	expectation, err := winner.expect(claimants)
+	if err != nil {
+		t.note(winner, key.namespace, &outcome{kind: failed, message: err.Error()})
+		return decision{}
+	}
+	d := decision{winner: winner, target: expectation.Target(), existing: existing}
+	for _, c := range claimants {
+		d.owners = append(d.owners, c.ref)
+	}
+	counter := winner.rendered.Target.Revision().Counter
+	switch {
+	case exists && existing.Deleting:
+		// Somebody's finalizer holds it; its end is an event.
+		t.note(winner, key.namespace, &outcome{kind: failed, message: "the Secret is being deleted, and a finalizer holds it"})
+		return decision{}
+	case !exists:
+		d.verb = create
+		// Created as a node creates it; where more than one claims it, the next look
+		// adds their owner references.
+		d.target = winner.rendered.Target
+	case existing.Ownership == impsync.Foreign:
+		t.note(winner, key.namespace, &outcome{kind: foreign, message: "a Secret of that name is there that is not imps's, and is left alone"})
+		return decision{}
+	case existing.Revision.UID == winner.ref.UID && existing.Revision.Counter > counter:
+		winner.minCounter = max(winner.minCounter, existing.Revision.Counter)
+		t.resourceQueue.Add(winner.ref.UID)
+		return decision{}
+	case existing.Ownership != impsync.Ours:
+		d.verb = adopt
+	case !expectation.Met(existing):
+		d.verb = update
+	default:
+		t.note(winner, key.namespace, &outcome{kind: delivered, counter: counter})
+		return decision{}
+	}
+	if was, ok := winner.outcomes[key.namespace]; !ok || was.kind == excluded || was.kind == undeletable {
+		t.note(winner, key.namespace, &outcome{kind: pending, counter: was.counter})
+	}
+	return d
+}
+
+// claimants returns the claims that the namespace selects, the winner first. It notes the
+// outcome of those that it does not.
+func (t *term) claimants(key targetKey, meta namespaceMeta, existing impsync.Existing, exists bool, now time.Time) []*claim {
+	var claimants []*claim
+	for uid, c := range t.byTarget[key.name] {
+		selected := c.selection.SelectsByRule(key.namespace, meta.labels, meta.annotations)
+		if !selected && c.selection.HasPodRules() {
+			selected = t.demanded(c, demandKey{key.namespace, uid}, existing, exists, now)
+		}
+		switch {
+		case !selected:
+			if !exists || existing.OwnerUID != uid {
+				t.note(c, key.namespace, nil)
+			}
+		case t.config.Excluded.Matches(key.namespace):
+			t.note(c, key.namespace, &outcome{kind: excluded})
+		default:
+			claimants = append(claimants, c)
+		}
+	}
+	slices.SortFunc(claimants, func(a, b *claim) int { return a.ref.Compare(b.ref) })
+	return claimants
+}
+
+// demanded reports whether Pods select the namespace, or did until a moment ago: a Secret
+// that is there stays a while after the last demand ended, and one that a node has just
+// created stays until its report must have arrived.
+func (t *term) demanded(c *claim, key demandKey, existing impsync.Existing, exists bool, now time.Time) bool {
+	state := t.demand.states[key]
+	if state != nil && state.nodes > 0 {
+		return true
+	}
+	if !exists || existing.OwnerUID != key.uid || existing.Ownership == impsync.Restored || existing.Ownership == impsync.Foreign {
+		t.demand.forget(key)
+		return false
+	}
+	if state == nil {
+		if _, ruled := c.outcomes[key.namespace]; ruled {
+			return false // a namespace rule selected it until now
+		}
+		state = t.demand.linger(key, now)
+	}
+	left := t.config.DemandLinger - now.Sub(state.ended)
+	if left <= 0 {
+		return false
+	}
+	t.targetQueue.AddAfter(targetKey{key.namespace, c.rendered.Target.Name()}, left)
+	return true
+}
+
+// decidePrune decides about a Secret that no claim selects.
+func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey) decision {
+	if !exists || existing.Deleting || existing.Ownership == impsync.Foreign || existing.Ownership == impsync.Restored {
+		return decision{}
+	}
+	d := decision{verb: remove, existing: existing}
+	if c := t.claims[existing.OwnerUID]; c != nil {
+		if c.rendered.Target.IsZero() {
+			return decision{} // not rendered yet in this term: nothing is known of what it selects
+		}
+		d.winner = c
+		d.confirm = t.demand.states[demandKey{key.namespace, existing.OwnerUID}] != nil
+		return d
+	}
+	orphaned, gone := t.gone[existing.OwnerUID]
+	if gone && !orphaned && existing.HasOwner(existing.OwnerUID) {
+		return d
+	}
+	// The owner is going, or was gone before this term: the garbage collector knows. Or
+	// its Secrets were orphaned: they stay until a resource that selects them adopts them.
+	return decision{}
+}
+
+// expect returns the expectation for the claim's target with these owners.
+func (c *claim) expect(claimants []*claim) (*impsync.Expectation, error) {
+	refs := make([]impsync.ResourceRef, 0, len(claimants))
+	uids := make([]string, 0, len(claimants))
+	for _, claimant := range claimants {
+		refs = append(refs, claimant.ref)
+		uids = append(uids, string(claimant.ref.UID))
+	}
+	owners := strings.Join(uids, " ")
+	if e := c.expectations[owners]; e != nil {
+		return e, nil
+	}
+	target := c.rendered.Target
+	if len(refs) > 1 {
+		var err error
+		if target, err = target.WithOwners(refs); err != nil {
+			return nil, err
+		}
+	}
+	e, err := impsync.NewExpectation(target)
+	if err != nil {
+		return nil, err
+	}
+	c.expectations[owners] = e
+	return e, nil
+}
+
+// note records the outcome of a claim in a namespace; nil forgets it.
+func (t *term) note(c *claim, namespace string, o *outcome) {
+	was, ok := c.outcomes[namespace]
+	switch {
+	case o == nil && !ok, o != nil && ok && was == *o:
+		return
+	case o == nil:
+		delete(c.outcomes, namespace)
+	default:
+		c.outcomes[namespace] = *o
+	}
+	t.statusDirty(c.ref.UID)
+}
+
+// perform does what was decided. Conflicts come back as errors of their class.
+func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	switch d.verb {
+	case create:
+		m, created, err := t.secrets.Create(ctx, key.namespace, d.target)
+		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
+		if err != nil {
+			return err
+		}
+		t.know(key, m)
+		if !created || len(d.owners) > 1 {
+			return errAgain
+		}
+	case update:
+		if err := t.confirmOwners(ctx, d); err != nil {
+			return err
+		}
+		m, err := t.secrets.Update(ctx, key.namespace, d.target, d.existing.ResourceVersion)
+		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
+		if err != nil {
+			return err
+		}
+		t.know(key, m)
+	case adopt:
+		if err := t.confirmOwners(ctx, d); err != nil {
+			return err
+		}
+		m, err := t.secrets.Get(ctx, key.namespace, key.name)
+		if err != nil {
+			return err
+		}
+		if m.ResourceVersion != d.existing.ResourceVersion {
+			return errAgain
+		}
+		m, err = t.secrets.Adopt(ctx, m)
+		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
+		if err != nil {
+			return err
+		}
+		t.know(key, m)
+		return errAgain // and now its content
+	case remove:
+		if d.confirm {
+			if err := t.rereadReports(ctx); err != nil {
+				return err
+			}
+			if again := t.decide(key, time.Now()); again.verb != remove {
+				return errAgain
+			}
+		}
+		err := t.secrets.Delete(ctx, key.namespace, key.name, d.existing.UID, d.existing.ResourceVersion)
+		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
+		if err != nil && !apierrors.IsNotFound(err) {
+			return err
+		}
+		t.forget(key, d.existing)
+	}
+	return nil
+}
+
+// know records what a write returned, so that nothing waits for the watch to tell.
+func (t *term) know(key targetKey, m *metav1.PartialObjectMetadata) {
+	t.mu.Lock()
+	mirror := t.targets[key.name]
+	t.mu.Unlock()
+	mirror.Put(types.NamespacedName{Namespace: key.namespace, Name: key.name}, impsync.ExistingOf(m))
+}
+
+func (t *term) forget(key targetKey, existing impsync.Existing) {
+	t.mu.Lock()
+	mirror := t.targets[key.name]
+	t.mu.Unlock()
+	mirror.Drop(types.NamespacedName{Namespace: key.namespace, Name: key.name},
+		func(x impsync.Existing) bool {
+			return x.UID == existing.UID && x.ResourceVersion == existing.ResourceVersion
+		})
+}
+
+// reread looks at the Secret, the Lease and the rendered Secret themselves: a conflict may
+// mean that another coordinator leads by now.
+func (t *term) reread(ctx context.Context, key targetKey, d decision) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	m, err := t.secrets.Get(ctx, key.namespace, key.name)
+	switch {
+	case apierrors.IsNotFound(err):
+		t.forget(key, d.existing)
+	case err != nil:
+		return err
+	default:
+		t.know(key, m)
+	}
+	if d.verb == create || d.verb == adopt {
+		return nil
+	}
+	_, err, _ = t.reads.Do("lease", func() (any, error) { return nil, t.holdsLease(context.WithoutCancel(ctx)) })
+	if err != nil || d.winner == nil {
+		return err
+	}
+	uid := d.winner.ref.UID
+	_, err, _ = t.reads.Do("rendered/"+string(uid), func() (any, error) { return nil, t.rereadRendered(context.WithoutCancel(ctx), uid) })
+	return err
+}
+
+// rereadRendered records the rendered Secret as it is now.
+func (t *term) rereadRendered(ctx context.Context, uid types.UID) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	name := impsync.RenderedName(uid)
+	secret, err := t.core.Secrets(t.config.RenderedNamespace).Get(ctx, name, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+	case err != nil:
+		return fmt.Errorf("read the rendered Secret: %w", err)
+	default:
+		key := types.NamespacedName{Namespace: t.config.RenderedNamespace, Name: name}
+		read := renderedOf(secret)
+		if was, ok := t.rendered.Get(key); !ok || newer(read.resourceVersion, was.resourceVersion) {
+			t.rendered.Put(key, read)
+			t.resourceQueue.Add(uid)
+		}
+	}
+	return nil
+}
+
+// confirmOwners makes sure, before an owner reference is put back on a Secret, that its
+// owner is alive: put back while the owner is being orphaned, it would get the Secret
+// collected.
+func (t *term) confirmOwners(ctx context.Context, d decision) error {
+	for _, owner := range d.owners {
+		if d.existing.HasOwner(owner.UID) {
+			continue
+		}
+		_, err, _ := t.reads.Do("owner/"+string(owner.UID), func() (any, error) {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+			defer cancel()
+			r := &v1alpha1.ImagePullSecret{}
+			if err := t.images.Get().Resource(v1alpha1.Resource.Resource).Name(owner.Name).Do(ctx).Into(r); err != nil {
+				return nil, fmt.Errorf("read ImagePullSecret %s: %w", owner.Name, err)
+			}
+			if r.UID != owner.UID || r.DeletionTimestamp != nil {
+				return nil, apierrors.NewNotFound(v1alpha1.Resource.GroupResource(), owner.Name)
+			}
+			return nil, nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// conclude notes the outcome of a write.
+func (t *term) conclude(key targetKey, d decision, err error) {
+	if err != nil && impsync.ClassifyError(err) == impsync.ClassGone {
+		return // the event of what is gone settles it
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c := d.winner
+	if c == nil {
+		return
+	}
+	was := c.outcomes[key.namespace]
+	switch {
+	case d.verb == remove && err == nil:
+		t.enqueueTarget(key) // its outcome is that of a Secret that is not there
+	case d.verb == remove:
+		t.note(c, key.namespace, &outcome{kind: undeletable, message: impsync.Explain(err)})
+	case err == nil:
+		t.note(c, key.namespace, &outcome{kind: delivered, counter: d.target.Revision().Counter})
+	case impsync.ClassifyError(err) == impsync.ClassRetry:
+		t.note(c, key.namespace, &outcome{kind: failed, counter: was.counter, message: "will be tried again: " + impsync.Explain(err)})
+	default:
+		t.note(c, key.namespace, &outcome{kind: failed, counter: was.counter, message: impsync.Explain(err)})
+	}
+}

@@ -1,0 +1,223 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+// demandKey: Pods in the namespace match the Pod rules of the resource.
+type demandKey struct {
+	namespace string
+	uid       types.UID
+}
+
+// demandState is what is known of one demand.
+type demandState struct {
+	// nodes is how many node reports demand it.
+	nodes int
+	// ended is when nodes became zero.
+	ended time.Time
+}
+
+// demand is the sum of all node reports.
+type demand struct {
+	byNode map[string]map[demandKey]struct{}
+	states map[demandKey]*demandState
+}
+
+// replace takes over the report of a node, nil where it is gone, and returns the demands
+// that began or ended with it.
+func (d *demand) replace(node string, report *impsync.Report, now time.Time) (changed []demandKey) {
+	was := d.byNode[node]
+	current := map[demandKey]struct{}{}
+	if report != nil {
+		for namespace, uids := range report.Demand {
+			for _, uid := range uids {
+				current[demandKey{namespace, uid}] = struct{}{}
+			}
+		}
+	}
+	for key := range current {
+		if _, ok := was[key]; ok {
+			continue
+		}
+		state := d.states[key]
+		if state == nil {
+			state = &demandState{}
+			d.states[key] = state
+		}
+		if state.nodes++; state.nodes == 1 {
+			changed = append(changed, key)
+		}
+	}
+	for key := range was {
+		if _, ok := current[key]; ok {
+			continue
+		}
+		state := d.states[key]
+		if state.nodes--; state.nodes == 0 {
+			state.ended = now
+			changed = append(changed, key)
+		}
+	}
+	if len(current) == 0 {
+		delete(d.byNode, node)
+	} else {
+		d.byNode[node] = current
+	}
+	return changed
+}
+
+// linger starts the time that a Secret stays for which no demand is known (yet).
+func (d *demand) linger(key demandKey, now time.Time) *demandState {
+	state := &demandState{ended: now}
+	d.states[key] = state
+	return state
+}
+
+// forget drops the memory of a demand that ended.
+func (d *demand) forget(key demandKey) {
+	if state := d.states[key]; state != nil && state.nodes == 0 {
+		delete(d.states, key)
+	}
+}
+
+// reportChanged takes over a node report. A report that cannot be read changes nothing:
+// the last readable one stays in force.
+func (t *term) reportChanged(key types.NamespacedName, old, current *reportObject) {
+	if current != nil && current.err != nil {
+		t.log.Warn("cannot read a node report, going on with its last readable form", "report", key.Name, "error", current.err)
+		return
+	}
+	node, report := "", (*impsync.Report)(nil)
+	switch {
+	case current != nil:
+		node, report = current.report.Node, &current.report
+	case old.err == nil:
+		node = old.report.Node
+	default:
+		return
+	}
+	t.mu.Lock()
+	for _, changed := range t.demand.replace(node, report, time.Now()) {
+		if claim := t.claims[changed.uid]; claim != nil {
+			t.enqueueTarget(targetKey{changed.namespace, claim.rendered.Target.Name()})
+		}
+	}
+	t.mu.Unlock()
+	if old == nil || current == nil {
+		t.checkReport(node)
+		t.updateNodesWithoutAgent()
+	}
+}
+
+// rereadReports reads all reports anew. Before a Secret is deleted since nothing demands it
+// any more, this makes sure of it.
+func (t *term) rereadReports(ctx context.Context) error {
+	// The read is shared, so that it must not end with the one who asked first.
+	_, err, _ := t.reads.Do("reports", func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+		defer cancel()
+		list, err := t.core.ConfigMaps(t.config.Namespace).List(ctx, metav1.ListOptions{
+			LabelSelector: impsync.LabelComponent + "=" + impsync.ComponentReport,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("read the node reports: %w", err)
+		}
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		for i := range list.Items {
+			// Only what it adds counts: what it lacks, the watch will tell.
+			r := reportOf(&list.Items[i])
+			if r.err != nil {
+				continue
+			}
+			for namespace, uids := range r.report.Demand {
+				for _, uid := range uids {
+					key := demandKey{namespace, uid}
+					if state := t.demand.states[key]; state != nil && state.nodes == 0 {
+						state.ended = time.Now()
+					}
+				}
+			}
+		}
+		return nil, nil
+	})
+	return err
+}
+
+func (t *term) nodeChanged(key types.NamespacedName, old, current *struct{}) {
+	if old != nil && current != nil {
+		return
+	}
+	t.checkReport(key.Name)
+	t.updateNodesWithoutAgent()
+}
+
+// checkReport has the report of a node dropped later, if the node is not there.
+func (t *term) checkReport(node string) {
+	if !t.hasStarted() {
+		return
+	}
+	if _, ok := t.nodes.Get(types.NamespacedName{Name: node}); !ok {
+		t.reportQueue.AddAfter(node, nodeGoneDelay)
+	}
+}
+
+// dropReport deletes the report of a node that is gone.
+func (t *term) dropReport(ctx context.Context, node string) error {
+	if _, ok := t.nodes.Get(types.NamespacedName{Name: node}); ok {
+		return nil
+	}
+	name := impsync.ReportName(node)
+	report, ok := t.reports.Get(types.NamespacedName{Namespace: t.config.Namespace, Name: name})
+	if !ok {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	return t.core.ConfigMaps(t.config.Namespace).Delete(ctx, name, metav1.DeleteOptions{
+		Preconditions: &metav1.Preconditions{UID: &report.uid, ResourceVersion: &report.resourceVersion},
+	})
+}
+
+// nodesWithoutAgent counts the nodes that have no report, of all nodes.
+func (t *term) nodesWithoutAgent() (without, all int) {
+	t.nodes.Range(func(key types.NamespacedName, _ struct{}) bool {
+		all++
+		report := types.NamespacedName{Namespace: t.config.Namespace, Name: impsync.ReportName(key.Name)}
+		if _, ok := t.reports.Get(report); !ok {
+			without++
+		}
+		return true
+	})
+	return without, all
+}
+
+// updateNodesWithoutAgent tells the metric, and the resources whose status says it.
+func (t *term) updateNodesWithoutAgent() {
+	if !t.hasStarted() {
+		return
+	}
+	without, _ := t.nodesWithoutAgent()
+	t.metrics.withoutAgent.Set(float64(without))
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for uid, claim := range t.claims {
+		if claim.selection != nil && claim.selection.HasPodRules() {
+			t.statusDirty(uid)
+		}
+	}
+}
+
+func (t *term) hasStarted() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.started
+}

@@ -1,0 +1,361 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+// claim is a resource in force: what it selects, and the target that the selected
+// namespaces get. The term's lock guards it.
+type claim struct {
+	ref impsync.ResourceRef
+	// rendered is what the rendered Secret says; its target is zero before there is one.
+	rendered  impsync.Rendered
+	selection *impsync.Selection
+	// expectations are the target as applied with each set of owners.
+	expectations map[string]*impsync.Expectation
+	// outcomes are the namespaces that the claim selects, or that keep its Secret.
+	outcomes map[string]outcome
+	// state is nil until it was read.
+	state *state
+	// minCounter is a counter seen on a target; ours must be higher.
+	minCounter uint64
+
+	// What the status tells beside the outcomes.
+	generation int64
+	problem    error
+	skipped    []error
+	sources    map[string]string
+	// unread: the sources have not all been read yet in this term.
+	unread bool
+	// statusWritten is when the status was last written.
+	statusWritten time.Time
+	// reported is the revision that was Ready when the status was last written.
+	reported uint64
+}
+
+// newClaim puts a resource in force as it was rendered, or selects nothing where it never
+// was.
+func newClaim(r *v1alpha1.ImagePullSecret, rendered impsync.Rendered) *claim {
+	c := &claim{ref: impsync.RefOf(r), outcomes: map[string]outcome{}, unread: true}
+	if !rendered.Target.IsZero() {
+		if selection, _, err := impsync.CompileSelection(rendered.Namespaces, rendered.Pods); err == nil {
+			c.setRendered(rendered, selection)
+		}
+	}
+	return c
+}
+
+func (c *claim) setRendered(rendered impsync.Rendered, selection *impsync.Selection) {
+	c.rendered, c.selection = rendered, selection
+	c.expectations = map[string]*impsync.Expectation{}
+}
+
+// putClaim puts a claim in force. The caller holds the lock.
+func (t *term) putClaim(c *claim) {
+	t.claims[c.ref.UID] = c
+	for _, claims := range t.byTarget {
+		delete(claims, c.ref.UID)
+	}
+	name := c.rendered.Target.Name()
+	if name == "" {
+		return
+	}
+	if t.byTarget[name] == nil {
+		t.byTarget[name] = map[types.UID]*claim{}
+	}
+	t.byTarget[name][c.ref.UID] = c
+	t.mirrorTargets(name)
+}
+
+// resourceChanged is told of every event of an ImagePullSecret.
+func (t *term) resourceChanged(_ types.NamespacedName, old, current **v1alpha1.ImagePullSecret) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if old != nil && (current == nil || (*current).UID != (*old).UID) {
+		uid := (*old).UID
+		// The last state before it went says whether its Secrets were to stay.
+		t.gone[uid] = orphans(*old)
+		delete(t.byUID, uid)
+		t.resourceQueue.Add(uid)
+	}
+	if current == nil {
+		return
+	}
+	r := *current
+	t.byUID[r.UID] = r
+	statusOnly := old != nil && (*old).UID == r.UID && (*old).Generation == r.Generation &&
+		(*old).DeletionTimestamp.Equal(r.DeletionTimestamp) && slices.Equal((*old).Finalizers, r.Finalizers)
+	if !statusOnly {
+		t.resourceQueue.Add(r.UID)
+	}
+}
+
+// orphans reports whether the resource's deletion leaves its Secrets where they are.
+func orphans(r *v1alpha1.ImagePullSecret) bool {
+	return slices.Contains(r.Finalizers, metav1.FinalizerOrphanDependents)
+}
+
+func (t *term) renderedChanged(key types.NamespacedName, old, current *renderedSecret) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.started {
+		return
+	}
+	for _, r := range []*renderedSecret{old, current} {
+		if r != nil && r.err == nil {
+			t.resourceQueue.Add(r.rendered.Resource.UID)
+		}
+	}
+	for uid := range t.claims {
+		if impsync.RenderedName(uid) == key.Name {
+			t.resourceQueue.Add(uid)
+		}
+	}
+}
+
+// reconcileResource resolves, merges and renders one resource, or ends it.
+func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
+	t.mu.Lock()
+	r := t.byUID[uid]
+	if r == nil || r.DeletionTimestamp != nil {
+		t.mu.Unlock()
+		return t.retire(ctx, uid, r)
+	}
+	c := t.claims[uid]
+	if c == nil {
+		published, _ := t.published(uid)
+		c = newClaim(r, published)
+		t.putClaim(c)
+	}
+	c.generation = r.Generation
+	known := c.state
+	t.mu.Unlock()
+	defer t.statusDirty(uid)
+
+	if known == nil {
+		read, err := t.readState(ctx, uid)
+		if err != nil {
+			return err
+		}
+		known = &read
+	}
+	credentials := t.readCredentials(r)
+	resolved := resolve(credentials, known.lastGood)
+	if resolved.pending {
+		t.change(func() { c.state = known })
+		return nil // the source's watch brings it back
+	}
+	selection, skipped, problem := t.validate(r)
+	t.change(func() {
+		c.state = known
+		c.sources, c.skipped, c.problem, c.unread = resolved.sources, skipped, problem, false
+	})
+	if problem != nil {
+		return nil // what was rendered before stays in force
+	}
+	next, render, err := t.render(ctx, r, c, known, resolved)
+	switch {
+	case errors.Is(err, errSuperseded) || apierrors.ReasonForError(err) != metav1.StatusReasonUnknown:
+		return err
+	case err != nil:
+		t.change(func() { c.problem = err })
+		return nil
+	case !render:
+		return nil
+	}
+	return t.publish(ctx, c, known, resolved, next, selection)
+}
+
+// change changes what the lock guards.
+func (t *term) change(change func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	change()
+}
+
+// validate returns the compiled selectors, or what is wrong with the spec as a whole.
+func (t *term) validate(r *v1alpha1.ImagePullSecret) (*impsync.Selection, []error, error) {
+	selection, skipped, err := impsync.CompileSelection(r.Spec.Target.Namespaces, r.Spec.Target.NamespacesWithPods)
+	if err != nil {
+		return nil, nil, err
+	}
+	name := r.Spec.Target.Secret.Name
+	if name == "" {
+		if !selection.HasRules() {
+			return selection, skipped, nil // a resource without a spec asks for nothing
+		}
+		return nil, nil, errors.New("spec.target.secret.name is empty")
+	}
+	return selection, skipped, t.targetNameAllowed(name)
+}
+
+// render returns what the rendered Secret is to hold. It reports false where there is
+// nothing to render, or where what is there must stay.
+func (t *term) render(ctx context.Context, r *v1alpha1.ImagePullSecret, c *claim, known *state, resolved resolution) (impsync.Rendered, bool, error) {
+	if r.Spec.Target.Secret.Name == "" {
+		return impsync.Rendered{}, false, nil
+	}
+	t.mu.Lock()
+	current, minCounter := c.rendered, c.minCounter
+	t.mu.Unlock()
+	switch {
+	case current.Target.IsZero() && resolved.empty:
+		return impsync.Rendered{}, false, nil
+	case !current.Target.IsZero() && known.missing && resolved.incomplete:
+		// What this source gave before is only in the rendered Secret, merged: keep that.
+		return impsync.Rendered{}, false, nil
+	}
+	config, err := resolved.config.Render()
+	if err != nil {
+		return impsync.Rendered{}, false, fmt.Errorf("render the merged credentials: %w", err)
+	}
+	ref := impsync.RefOf(r)
+	target, err := impsync.NewTarget(ref, r.Spec.Target.Secret, current.Target.Revision().Counter, config)
+	if err != nil {
+		return impsync.Rendered{}, false, err
+	}
+	published, there := t.published(ref.UID)
+	counter := current.Target.Revision().Counter
+	outrun := max(published.Target.Revision().Counter, minCounter) > counter
+	if outrun {
+		// Somebody counted on: a leader after us, or one whose traces we have lost.
+		if err := t.holdsLease(ctx); err != nil {
+			return impsync.Rendered{}, false, err
+		}
+	}
+	if !there || outrun || !target.SameContent(current.Target) {
+		counter = max(counter, known.counter, published.Target.Revision().Counter, minCounter, t.highestCounter(ref.UID)) + 1
+		if target, err = impsync.NewTarget(ref, r.Spec.Target.Secret, counter, config); err != nil {
+			return impsync.Rendered{}, false, err
+		}
+	}
+	return impsync.Rendered{
+		Resource: ref, Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods, Target: target,
+	}, true, nil
+}
+
+// published is what the rendered Secret of a resource holds.
+func (t *term) published(uid types.UID) (impsync.Rendered, bool) {
+	r, ok := t.rendered.Get(types.NamespacedName{Namespace: t.config.RenderedNamespace, Name: impsync.RenderedName(uid)})
+	return r.rendered, ok && r.err == nil
+}
+
+// highestCounter returns the highest counter of the resource on any target Secret.
+func (t *term) highestCounter(uid types.UID) uint64 {
+	t.mu.Lock()
+	mirrors := slices.Collect(maps.Values(t.targets))
+	t.mu.Unlock()
+	var highest uint64
+	for _, mirror := range mirrors {
+		mirror.Range(func(_ types.NamespacedName, x impsync.Existing) bool {
+			if x.Revision.UID == uid {
+				highest = max(highest, x.Revision.Counter)
+			}
+			return true
+		})
+	}
+	return highest
+}
+
+// publish writes state and rendered Secret where they differ, and puts the claim in force.
+// The state goes first: its counter must never be behind that of a target.
+func (t *term) publish(ctx context.Context, c *claim, known *state, resolved resolution, next impsync.Rendered, selection *impsync.Selection) error {
+	data, err := impsync.EncodeRendered(next)
+	if err != nil {
+		t.change(func() { c.problem = err })
+		return nil
+	}
+	remembered := state{counter: next.Target.Revision().Counter, lastGood: resolved.lastGood}
+	if !sameState(*known, remembered) {
+		if err := t.writeState(ctx, c.ref, remembered); err != nil {
+			return err
+		}
+	}
+	published, there := t.published(c.ref.UID)
+	if !there || !sameRendered(published, next) {
+		if err := t.applyOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(c.ref.UID), impsync.RenderedType, c.ref, data); err != nil {
+			return err
+		}
+	}
+
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c.state = &remembered
+	before := c.rendered
+	if t.claims[c.ref.UID] != c {
+		return nil // ended meanwhile
+	}
+	reselected := before.Target.IsZero() || before.Target.Name() != next.Target.Name() || !before.SameSelectors(next)
+	if !reselected && before.Target.Revision() == next.Target.Revision() {
+		return nil
+	}
+	c.setRendered(next, selection)
+	t.putClaim(c)
+	if reselected {
+		t.enqueueNamespaces(next.Target.Name())
+		t.enqueueTargetsOf(c)
+		return nil
+	}
+	for namespace := range c.outcomes {
+		t.enqueueTarget(targetKey{namespace, next.Target.Name()})
+	}
+	return nil
+}
+
+func sameRendered(a, b impsync.Rendered) bool {
+	return a.Target.Revision() == b.Target.Revision() && a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.SameSelectors(b)
+}
+
+// retire ends a resource that is gone or going: its rendered Secret first, so that no
+// agent creates anything for it any more, then its claim.
+func (t *term) retire(ctx context.Context, uid types.UID, r *v1alpha1.ImagePullSecret) error {
+	if _, ok := t.rendered.Get(types.NamespacedName{Namespace: t.config.RenderedNamespace, Name: impsync.RenderedName(uid)}); ok {
+		if err := t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(uid)); err != nil {
+			return err
+		}
+	}
+	t.mu.Lock()
+	c := t.claims[uid]
+	delete(t.claims, uid)
+	for _, claims := range t.byTarget {
+		delete(claims, uid)
+	}
+	if c == nil {
+		c = &claim{ref: impsync.ResourceRef{UID: uid}}
+	}
+	t.enqueueTargetsOf(c)
+	for namespace := range c.outcomes {
+		t.enqueueTarget(targetKey{namespace, c.rendered.Target.Name()})
+	}
+	t.mu.Unlock()
+	t.releaseSources(uid, nil)
+	if c.ref.Name != "" {
+		t.metrics.forget(c.ref.Name)
+	}
+	if r != nil {
+		return nil // going: its state goes with it
+	}
+	return t.deleteOwn(ctx, t.config.Namespace, impsync.StateName(uid))
+}
+
+func (t *term) deleteOwn(ctx context.Context, namespace, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	err := t.core.Secrets(namespace).Delete(ctx, name, metav1.DeleteOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("delete Secret %s/%s: %w", namespace, name, err)
+	}
+	return nil
+}

@@ -1,0 +1,308 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+const (
+	// statusDelay is how long a change waits for company before it is written.
+	statusDelay = 50 * time.Millisecond
+	// statusInterval is the shortest time between two writes of one status.
+	statusInterval = time.Second
+	// listedMax is how many single causes a message names.
+	listedMax = 3
+)
+
+// Reasons of Events, as banzaicloud/imps names them.
+const (
+	eventReconciled     = "Reconciled"
+	eventSources        = "SourceCredentialsError"
+	eventFailed         = "ReconciliationFailed"
+	eventSecrets        = "SecretReconciliationError"
+	eventSecretDeletion = "SecretDeletionError"
+)
+
+// Reasons of conditions.
+const (
+	reasonReady        = "Ready"
+	reasonProgressing  = "Progressing"
+	reasonSourceFailed = "SourceFailed"
+	reasonInvalid      = "InvalidSpec"
+	reasonNothing      = "NothingToDeliver"
+	reasonFailed       = "DeliveryFailed"
+	reasonNotSupported = "NotSupported"
+)
+
+// statusDirty has the status of a resource looked at soon.
+func (t *term) statusDirty(uid types.UID) { t.statusQueue.AddAfter(uid, statusDelay) }
+
+// summary is what the outcomes of a claim add up to.
+type summary struct {
+	counts      v1alpha1.NamespaceCounts
+	managed     []string
+	pending     int
+	failed      []string // "<namespace>: <message>"
+	undeletable []string
+}
+
+func (c *claim) summarize() summary {
+	var s summary
+	counter := c.rendered.Target.Revision().Counter
+	for namespace, o := range c.outcomes {
+		switch o.kind {
+		case excluded:
+			s.counts.Excluded++
+			continue
+		case undeletable:
+			s.undeletable = append(s.undeletable, namespace+": "+o.message)
+			continue
+		}
+		s.counts.Selected++
+		if o.counter > 0 {
+			s.managed = append(s.managed, namespace)
+		}
+		switch {
+		case o.kind == delivered && o.counter == counter:
+			s.counts.Delivered++
+		case o.kind == delivered || o.kind == pending:
+			s.pending++
+		default:
+			s.failed = append(s.failed, namespace+": "+o.message)
+		}
+	}
+	slices.Sort(s.managed)
+	slices.Sort(s.failed)
+	slices.Sort(s.undeletable)
+	return s
+}
+
+// reconcileStatus writes the status of a resource if it has changed.
+func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
+	t.mu.Lock()
+	r, c := t.byUID[uid], t.claims[uid]
+	if r == nil || c == nil || c.unread {
+		t.mu.Unlock()
+		return nil
+	}
+	if wait := statusInterval - time.Since(c.statusWritten); wait > 0 {
+		t.mu.Unlock()
+		t.statusQueue.AddAfter(uid, wait)
+		return nil
+	}
+	s := c.summarize()
+	status := t.statusOf(r, c, s)
+	counter := c.rendered.Target.Revision().Counter
+	rotated := status.Status == v1alpha1.StatusReady && c.reported != counter && c.reported != 0
+	t.mu.Unlock()
+
+	t.exportMetrics(r.Name, s, status)
+	if equality.Semantic.DeepEqual(status, r.Status) && !rotated {
+		t.change(func() { c.markReported(status, counter) })
+		return nil
+	}
+	if status.Status == v1alpha1.StatusReady {
+		now := metav1.Now().Rfc3339Copy()
+		status.LastSuccessfulReconciliation = &now
+	}
+	if err := t.writeStatus(ctx, r, status); err != nil {
+		return err
+	}
+	t.change(func() {
+		c.statusWritten = time.Now()
+		c.markReported(status, counter)
+		if t.byUID[uid] == r { // or the watch has brought a newer one
+			written := *r
+			written.Status = status
+			t.byUID[uid] = &written
+		}
+	})
+	t.emit(r, status, s)
+	return nil
+}
+
+func (c *claim) markReported(status v1alpha1.ImagePullSecretStatus, counter uint64) {
+	if status.Status == v1alpha1.StatusReady {
+		c.reported = counter
+	}
+}
+
+// statusOf computes the status from what is known. The caller holds the lock.
+func (t *term) statusOf(r *v1alpha1.ImagePullSecret, c *claim, s summary) v1alpha1.ImagePullSecretStatus {
+	status := v1alpha1.ImagePullSecretStatus{
+		ObservedGeneration:           c.generation,
+		LastSuccessfulReconciliation: r.Status.LastSuccessfulReconciliation,
+		SourceSecretStatus:           c.sources,
+		ManagedNamespaces:            s.managed[:min(len(s.managed), v1alpha1.ManagedNamespacesMax)],
+		Namespaces:                   &s.counts,
+	}
+	conditions := []metav1.Condition{sourcesReady(c), t.secretsReady(c, s)}
+	conditions = append(conditions, notSupported(r)...)
+	conditions = append([]metav1.Condition{ready(conditions)}, conditions...)
+	for _, condition := range conditions {
+		condition.ObservedGeneration = c.generation
+		// Keeps the time of the last transition where there is none.
+		if was := meta.FindStatusCondition(r.Status.Conditions, condition.Type); was != nil && was.Status == condition.Status {
+			condition.LastTransitionTime = was.LastTransitionTime
+		} else {
+			condition.LastTransitionTime = metav1.NewTime(time.Now().Truncate(time.Second))
+		}
+		status.Conditions = append(status.Conditions, condition)
+	}
+	switch overall := status.Conditions[0]; {
+	case overall.Status == metav1.ConditionTrue:
+		status.Status = v1alpha1.StatusReady
+	case overall.Status == metav1.ConditionFalse:
+		status.Status, status.Reason = v1alpha1.StatusFailed, overall.Message
+	}
+	return status
+}
+
+func sourcesReady(c *claim) metav1.Condition {
+	if failed := failedSources(c.sources); len(failed) > 0 {
+		return metav1.Condition{Type: v1alpha1.ConditionSourcesReady, Status: metav1.ConditionFalse, Reason: reasonSourceFailed,
+			Message: fmt.Sprintf("%d of %d sources cannot be used: %s", len(failed), len(c.sources), listed(failed))}
+	}
+	return metav1.Condition{Type: v1alpha1.ConditionSourcesReady, Status: metav1.ConditionTrue, Reason: reasonReady,
+		Message: fmt.Sprintf("%d of %d sources were read", len(c.sources), len(c.sources))}
+}
+
+func (t *term) secretsReady(c *claim, s summary) metav1.Condition {
+	condition := metav1.Condition{Type: v1alpha1.ConditionSecretsReady, Status: metav1.ConditionFalse}
+	progress := fmt.Sprintf("%d of %d selected namespaces have the Secret", s.counts.Delivered, s.counts.Selected)
+	switch {
+	case c.problem != nil:
+		condition.Reason, condition.Message = reasonInvalid, c.problem.Error()+"; what was delivered before stays as it is"
+	case len(c.skipped) > 0:
+		condition.Reason, condition.Message = reasonInvalid, errors.Join(c.skipped...).Error()+"; this selector is left out, the others are served"
+	case c.rendered.Target.IsZero() && len(c.sources) > 0:
+		condition.Reason, condition.Message = reasonNothing, "no source has given credentials yet, so there is no Secret to deliver"
+	case len(s.failed) > 0:
+		condition.Reason, condition.Message = reasonFailed, progress+"; not "+listed(s.failed)
+	case len(s.undeletable) > 0:
+		condition.Reason, condition.Message = reasonFailed, "Secrets that are no longer wanted could not be deleted: "+listed(s.undeletable)
+	case s.pending > 0:
+		condition.Status, condition.Reason, condition.Message = metav1.ConditionUnknown, reasonProgressing, progress
+	default:
+		condition.Status, condition.Reason, condition.Message = metav1.ConditionTrue, reasonReady, progress
+	}
+	if c.selection != nil && c.selection.HasPodRules() {
+		if without, all := t.nodesWithoutAgent(); without > 0 {
+			condition.Message += fmt.Sprintf("; %d of %d nodes have no agent, so that namespaces selected only by Pods there are not seen", without, all)
+		}
+	}
+	return condition
+}
+
+// notSupported says which parts of the spec this version does nothing about.
+func notSupported(r *v1alpha1.ImagePullSecret) []metav1.Condition {
+	var conditions []metav1.Condition
+	add := func(conditionType, field string) {
+		conditions = append(conditions, metav1.Condition{Type: conditionType, Status: metav1.ConditionFalse, Reason: reasonNotSupported,
+			Message: field + " is set, and " + errNotSupported.Error() + ": it has no effect"})
+	}
+	switch target := r.Spec.Target; {
+	case target.ServiceAccounts != nil:
+		add(v1alpha1.ConditionServiceAccountsReady, "spec.target.serviceAccounts")
+	case target.Rescue:
+		add(v1alpha1.ConditionServiceAccountsReady, "spec.target.rescue")
+	}
+	if r.Spec.Target.Kubelet != nil {
+		add(v1alpha1.ConditionKubeletReady, "spec.target.kubelet")
+	}
+	return conditions
+}
+
+// ready sums the other conditions up: false where any is, else unknown where any is.
+func ready(conditions []metav1.Condition) metav1.Condition {
+	sum := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue, Reason: reasonReady, Message: "everything that was asked for is done"}
+	for _, condition := range conditions {
+		if condition.Status == metav1.ConditionTrue || sum.Status == metav1.ConditionFalse {
+			continue
+		}
+		if condition.Status == metav1.ConditionFalse || sum.Status == metav1.ConditionTrue {
+			sum.Status, sum.Reason, sum.Message = condition.Status, condition.Reason, condition.Message
+		}
+	}
+	return sum
+}
+
+// listed joins the first few of many.
+func listed(all []string) string {
+	if len(all) <= listedMax {
+		return strings.Join(all, "; ")
+	}
+	return fmt.Sprintf("%s; and %d more", strings.Join(all[:listedMax], "; "), len(all)-listedMax)
+}
+
+// writeStatus replaces the whole status, whoever wrote it before, unless the resource is
+// another by now.
+func (t *term) writeStatus(ctx context.Context, r *v1alpha1.ImagePullSecret, status v1alpha1.ImagePullSecretStatus) error {
+	patch, err := json.Marshal([]map[string]any{
+		{"op": "test", "path": "/metadata/uid", "value": r.UID},
+		{"op": "add", "path": "/status", "value": status},
+	})
+	if err != nil {
+		return fmt.Errorf("encode status: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	return t.images.Patch(types.JSONPatchType).Resource(v1alpha1.Resource.Resource).Name(r.Name).SubResource("status").
+		Param("fieldManager", impsync.FieldManager).Body(patch).Do(ctx).Error()
+}
+
+// emit tells of what has changed for better or worse.
+func (t *term) emit(r *v1alpha1.ImagePullSecret, status v1alpha1.ImagePullSecretStatus, s summary) {
+	if status.Status == v1alpha1.StatusReady && r.Status.LastSuccessfulReconciliation == nil {
+		t.recorder.Event(r, corev1.EventTypeNormal, eventReconciled, status.Conditions[0].Message)
+	}
+	for _, condition := range status.Conditions {
+		was := meta.FindStatusCondition(r.Status.Conditions, condition.Type)
+		if condition.Status != metav1.ConditionFalse || was != nil && was.Message == condition.Message {
+			continue
+		}
+		reason := ""
+		switch {
+		case condition.Type == v1alpha1.ConditionReady:
+			continue // the others say why
+		case condition.Type == v1alpha1.ConditionSourcesReady:
+			reason = eventSources
+		case condition.Type == v1alpha1.ConditionSecretsReady && condition.Reason == reasonFailed && len(s.failed) > 0:
+			reason = eventSecrets
+		case condition.Type == v1alpha1.ConditionSecretsReady && condition.Reason == reasonFailed:
+			reason = eventSecretDeletion
+		default:
+			reason = eventFailed
+		}
+		t.recorder.Event(r, corev1.EventTypeWarning, reason, condition.Message)
+	}
+}
+
+func (t *term) exportMetrics(resource string, s summary, status v1alpha1.ImagePullSecretStatus) {
+	t.metrics.namespaces.WithLabelValues(resource, "selected").Set(float64(s.counts.Selected))
+	t.metrics.namespaces.WithLabelValues(resource, "delivered").Set(float64(s.counts.Delivered))
+	t.metrics.namespaces.WithLabelValues(resource, "excluded").Set(float64(s.counts.Excluded))
+	t.metrics.sources.DeletePartialMatch(prometheus.Labels{"resource": resource}) // also those that are no longer listed
+	for source, state := range status.SourceSecretStatus {
+		ok := 0.0
+		if state == v1alpha1.SourceOK {
+			ok = 1
+		}
+		t.metrics.sources.WithLabelValues(resource, source).Set(ok)
+	}
+}

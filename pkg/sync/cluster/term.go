@@ -1,0 +1,406 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/resourceversion"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/record"
+	"k8s.io/client-go/util/workqueue"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+// targetKey is one target Secret, whether it is there or not.
+type targetKey struct{ namespace, name string }
+
+func (k targetKey) String() string { return k.namespace + "/" + k.name }
+
+// term is one term of leadership: everything that a leader knows. A new term starts from
+// nothing but what the API server holds.
+type term struct {
+	*Coordinator
+	recorder record.EventRecorder
+
+	resources  *impsync.Mirror[*v1alpha1.ImagePullSecret]
+	namespaces *impsync.Mirror[namespaceMeta]
+	nodes      *impsync.Mirror[struct{}]
+	reports    *impsync.Mirror[reportObject]
+	rendered   *impsync.Mirror[renderedSecret]
+
+	resourceQueue workqueue.TypedRateLimitingInterface[types.UID]
+	targetQueue   workqueue.TypedRateLimitingInterface[targetKey]
+	statusQueue   workqueue.TypedRateLimitingInterface[types.UID]
+	reportQueue   workqueue.TypedRateLimitingInterface[string]
+
+	// background runs a mirror that is started along the way.
+	background func(func(context.Context)) context.CancelFunc
+	// stop ends the term.
+	stop func(error)
+	// reads shares live reads between those who need the same one.
+	reads singleflight.Group
+
+	mu sync.Mutex
+	// started: the first lists are in, and changes are worth a look.
+	started bool
+	// byUID are all resources, gone the ones that were deleted in this term: true where
+	// their Secrets stay (orphaned).
+	byUID map[types.UID]*v1alpha1.ImagePullSecret
+	gone  map[types.UID]bool
+	// claims are the resources in force, and byTarget the same by target name.
+	claims   map[types.UID]*claim
+	byTarget map[string]map[types.UID]*claim
+	// targets mirror the Secrets of each name that any resource used in this term.
+	targets map[string]*impsync.Mirror[impsync.Existing]
+	sources map[types.NamespacedName]*source
+	demand  demand
+}
+
+// namespaceMeta is what is kept of a Namespace.
+type namespaceMeta struct {
+	labels, annotations map[string]string
+	terminating         bool
+}
+
+func (m namespaceMeta) equal(other namespaceMeta) bool {
+	return m.terminating == other.terminating && maps.Equal(m.labels, other.labels) && maps.Equal(m.annotations, other.annotations)
+}
+
+// reportObject is what is kept of a node report's ConfigMap.
+type reportObject struct {
+	report          impsync.Report
+	err             error
+	uid             types.UID
+	resourceVersion string
+}
+
+// renderedSecret is what is kept of a rendered Secret.
+type renderedSecret struct {
+	rendered        impsync.Rendered
+	err             error
+	resourceVersion string
+}
+
+func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
+	t := &term{
+		Coordinator: c,
+		recorder:    recorder,
+		byUID:       map[types.UID]*v1alpha1.ImagePullSecret{},
+		gone:        map[types.UID]bool{},
+		claims:      map[types.UID]*claim{},
+		byTarget:    map[string]map[types.UID]*claim{},
+		targets:     map[string]*impsync.Mirror[impsync.Existing]{},
+		sources:     map[types.NamespacedName]*source{},
+		demand:      demand{byNode: map[string]map[demandKey]struct{}{}, states: map[demandKey]*demandState{}},
+	}
+	t.resources = impsync.NewMirror(impsync.MirrorConfig[*v1alpha1.ImagePullSecret]{
+		Name: "ImagePullSecrets", Example: &v1alpha1.ImagePullSecret{}, Log: c.log,
+		ListWatch: imagesListWatch(c),
+		Convert: func(o runtime.Object) *v1alpha1.ImagePullSecret {
+			r := o.(*v1alpha1.ImagePullSecret)
+			r.ManagedFields = nil
+			return r
+		},
+		OnChange: t.resourceChanged,
+	})
+	t.namespaces = impsync.NewMirror(impsync.MirrorConfig[namespaceMeta]{
+		Name: "namespaces", Example: &metav1.PartialObjectMetadata{}, Log: c.log,
+		ListWatch: impsync.MetadataListWatch(c.metadata, impsync.NamespaceResource, ""),
+		Convert: func(o runtime.Object) namespaceMeta {
+			m := o.(*metav1.PartialObjectMetadata)
+			return namespaceMeta{labels: m.Labels, annotations: m.Annotations, terminating: m.DeletionTimestamp != nil}
+		},
+		OnChange: t.namespaceChanged,
+	})
+	t.nodes = impsync.NewMirror(impsync.MirrorConfig[struct{}]{
+		Name: "nodes", Example: &metav1.PartialObjectMetadata{}, Log: c.log,
+		ListWatch: impsync.MetadataListWatch(c.metadata, impsync.NodeResource, ""),
+		Convert:   func(runtime.Object) struct{} { return struct{}{} },
+		OnChange:  t.nodeChanged,
+	})
+	t.reports = impsync.NewMirror(impsync.MirrorConfig[reportObject]{
+		Name: "node reports", Example: &corev1.ConfigMap{}, Log: c.log,
+		ListWatch: typedListWatch(c.core.ConfigMaps(c.config.Namespace).List, c.core.ConfigMaps(c.config.Namespace).Watch,
+			metav1.ListOptions{LabelSelector: impsync.LabelComponent + "=" + impsync.ComponentReport}),
+		Convert:  func(o runtime.Object) reportObject { return reportOf(o.(*corev1.ConfigMap)) },
+		OnChange: t.reportChanged,
+	})
+	t.rendered = impsync.NewMirror(impsync.MirrorConfig[renderedSecret]{
+		Name: "rendered Secrets", Example: &corev1.Secret{}, Log: c.log,
+		ListWatch: typedListWatch(c.core.Secrets(c.config.RenderedNamespace).List, c.core.Secrets(c.config.RenderedNamespace).Watch, metav1.ListOptions{}),
+		Convert:   func(o runtime.Object) renderedSecret { return renderedOf(o.(*corev1.Secret)) },
+		OnChange:  t.renderedChanged,
+		Newer: func(a, b renderedSecret) bool {
+			return newer(a.resourceVersion, b.resourceVersion)
+		},
+	})
+	t.resourceQueue = newQueue[types.UID]("resources")
+	t.targetQueue = newQueue[targetKey]("targets")
+	t.statusQueue = newQueue[types.UID]("status")
+	t.reportQueue = newQueue[string]("reports")
+	return t
+}
+
+func newQueue[K comparable](name string) workqueue.TypedRateLimitingInterface[K] {
+	return workqueue.NewTypedRateLimitingQueueWithConfig(
+		workqueue.NewTypedItemExponentialFailureRateLimiter[K](100*time.Millisecond, time.Minute),
+		workqueue.TypedRateLimitingQueueConfig[K]{Name: "cluster-" + name})
+}
+
+func newer(a, b string) bool {
+	order, err := resourceversion.CompareResourceVersion(a, b)
+	return err == nil && order > 0
+}
+
+func reportOf(c *corev1.ConfigMap) reportObject {
+	report, err := impsync.DecodeReport(c.Data)
+	if err == nil && impsync.ReportName(report.Node) != c.Name {
+		err = errors.New("node report: it names another node than its name does")
+	}
+	return reportObject{report: report, err: err, uid: c.UID, resourceVersion: c.ResourceVersion}
+}
+
+func renderedOf(s *corev1.Secret) renderedSecret {
+	rendered, err := impsync.DecodeRendered(s.Data)
+	return renderedSecret{rendered: rendered, err: err, resourceVersion: s.ResourceVersion}
+}
+
+func imagesListWatch(c *Coordinator) cache.ListerWatcher {
+	return typedListWatch(
+		func(ctx context.Context, options metav1.ListOptions) (*v1alpha1.ImagePullSecretList, error) {
+			list := &v1alpha1.ImagePullSecretList{}
+			err := c.images.Get().Resource(v1alpha1.Resource.Resource).VersionedParams(&options, metav1.ParameterCodec).Do(ctx).Into(list)
+			return list, err
+		},
+		func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			options.Watch = true
+			return c.images.Get().Resource(v1alpha1.Resource.Resource).VersionedParams(&options, metav1.ParameterCodec).Watch(ctx)
+		},
+		metav1.ListOptions{})
+}
+
+func typedListWatch[L runtime.Object](
+	list func(context.Context, metav1.ListOptions) (L, error),
+	watcher func(context.Context, metav1.ListOptions) (watch.Interface, error),
+	selectors metav1.ListOptions,
+) cache.ListerWatcher {
+	return &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
+			options.FieldSelector, options.LabelSelector = selectors.FieldSelector, selectors.LabelSelector
+			return list(ctx, options)
+		},
+		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			options.FieldSelector, options.LabelSelector = selectors.FieldSelector, selectors.LabelSelector
+			return watcher(ctx, options)
+		},
+	}
+}
+
+// run leads until ctx ends or the term is over; then it finishes what is in flight.
+func (t *term) run(ctx context.Context) error {
+	t.metrics.reset()
+	defer t.metrics.reset()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	t.stop = func(err error) { cancel(err) }
+	work, finish := impsync.WithGrace(ctx)
+	defer finish()
+
+	var extra sync.WaitGroup
+	defer extra.Wait()
+	t.background = func(f func(context.Context)) context.CancelFunc {
+		ctx, cancel := context.WithCancel(ctx)
+		extra.Go(func() { f(ctx) })
+		return cancel
+	}
+
+	mirror := func(run func(context.Context)) func(context.Context) error {
+		return func(ctx context.Context) error { run(ctx); return nil }
+	}
+	err := impsync.RunTasks(ctx,
+		mirror(t.resources.Run), mirror(t.namespaces.Run), mirror(t.nodes.Run), mirror(t.reports.Run), mirror(t.rendered.Run),
+		func(ctx context.Context) error {
+			<-ctx.Done()
+			t.resourceQueue.ShutDown()
+			t.targetQueue.ShutDown()
+			t.statusQueue.ShutDown()
+			t.reportQueue.ShutDown()
+			return nil
+		},
+		func(ctx context.Context) error {
+			if !t.begin(ctx) {
+				return nil
+			}
+			t.synced.Store(true)
+			serve := slices.Concat(
+				workersOf(work, t, 4, "ImagePullSecret", t.resourceQueue, t.reconcileResource),
+				workersOf(work, t, writers, "target Secret", t.targetQueue, t.reconcileTarget),
+				workersOf(work, t, 2, "status", t.statusQueue, t.reconcileStatus),
+				workersOf(work, t, 1, "node report", t.reportQueue, t.dropReport),
+			)
+			return impsync.RunTasks(ctx, serve...)
+		})
+	if cause := context.Cause(ctx); err == nil && errors.Is(cause, errSuperseded) {
+		return cause
+	}
+	return err
+}
+
+// begin waits for the first lists and puts everything in force that was rendered before,
+// so that nothing is judged by half of what is known. It reports false where ctx ended.
+func (t *term) begin(ctx context.Context) bool {
+	names := slices.Clone(t.config.TargetSecretNames)
+	wait := []<-chan struct{}{t.resources.Synced(), t.namespaces.Synced(), t.nodes.Synced(), t.reports.Synced(), t.rendered.Synced()}
+	for _, synced := range wait {
+		select {
+		case <-synced:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	if allowed(names, Any) {
+		var err error
+		if names, err = t.namesInUse(ctx); err != nil {
+			t.log.Warn("cannot find out which names our Secrets have; those of names that no resource uses any more stay", "error", impsync.Explain(err))
+		}
+	}
+	t.mu.Lock()
+	for _, name := range names {
+		t.mirrorTargets(name)
+	}
+	for _, r := range t.byUID {
+		if name := r.Spec.Target.Secret.Name; name != "" && t.targetNameAllowed(name) == nil {
+			t.mirrorTargets(name)
+		}
+	}
+	targets := slices.Collect(maps.Values(t.targets))
+	t.mu.Unlock()
+	for _, mirror := range targets {
+		select {
+		case <-mirror.Synced():
+		case <-ctx.Done():
+			return false
+		}
+	}
+	var stale []types.UID
+	var reported []string
+	renderedOf := map[types.UID]impsync.Rendered{}
+	t.rendered.Range(func(key types.NamespacedName, r renderedSecret) bool {
+		if r.err == nil && key.Name == impsync.RenderedName(r.rendered.Resource.UID) {
+			renderedOf[r.rendered.Resource.UID] = r.rendered
+		}
+		return true
+	})
+	t.reports.Range(func(_ types.NamespacedName, r reportObject) bool {
+		if r.err == nil {
+			reported = append(reported, r.report.Node)
+		}
+		return true
+	})
+
+	t.mu.Lock()
+	for uid, r := range t.byUID {
+		if r.DeletionTimestamp != nil {
+			continue
+		}
+		t.putClaim(newClaim(r, renderedOf[uid]))
+	}
+	for uid := range renderedOf {
+		if _, ok := t.byUID[uid]; !ok {
+			stale = append(stale, uid)
+		}
+	}
+	t.started = true
+	uids := slices.Collect(maps.Keys(t.byUID))
+	t.enqueueAllTargets()
+	t.mu.Unlock()
+	for _, uid := range slices.Concat(uids, stale) {
+		t.resourceQueue.Add(uid)
+	}
+	for _, node := range reported {
+		t.checkReport(node)
+	}
+	t.updateNodesWithoutAgent()
+	return true
+}
+
+// namesInUse lists the names of all Secrets with our label. Only with "*" as the allowed
+// names may the coordinator list across names.
+func (t *term) namesInUse(ctx context.Context) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 6*callTimeout)
+	defer cancel()
+	list, err := t.metadata.Resource(impsync.SecretResource).List(ctx, metav1.ListOptions{LabelSelector: impsync.LabelOwnerUID})
+	if err != nil {
+		return nil, err
+	}
+	names := map[string]struct{}{}
+	for i := range list.Items {
+		names[list.Items[i].Name] = struct{}{}
+	}
+	return slices.Collect(maps.Keys(names)), nil
+}
+
+// workersOf returns n tasks that work a queue off until it is shut down. Errors stop here:
+// each is logged once, and its class decides when the item comes back.
+func workersOf[K comparable](work context.Context, t *term, n int, what string, queue workqueue.TypedRateLimitingInterface[K], reconcile func(context.Context, K) error) []func(context.Context) error {
+	worker := func(context.Context) error {
+		for {
+			item, shutdown := queue.Get()
+			if shutdown {
+				return nil
+			}
+			err := reconcile(work, item)
+			switch {
+			case err == nil:
+				queue.Forget(item)
+			case errors.Is(err, errSuperseded):
+				t.stop(errSuperseded)
+			case work.Err() == nil:
+				comeBack(queue, item, err)
+				t.logFailure(what, fmt.Sprint(item), err)
+			}
+			queue.Done(item)
+		}
+	}
+	return slices.Repeat([]func(context.Context) error{worker}, n)
+}
+
+// comeBack puts an item that failed back into its queue, for when the error's class says.
+func comeBack[K comparable](queue workqueue.TypedRateLimitingInterface[K], item K, err error) {
+	delay, suggested := apierrors.SuggestsClientDelay(err)
+	switch class := impsync.ClassifyError(err); {
+	case class == impsync.ClassGone:
+		queue.Forget(item)
+	case class == impsync.ClassWait || class == impsync.ClassTerminal:
+		queue.Forget(item)
+		queue.AddAfter(item, impsync.RecheckInterval)
+	case suggested:
+		queue.AddAfter(item, time.Duration(delay)*time.Second)
+	default:
+		queue.AddRateLimited(item)
+	}
+}
+
+func (t *term) logFailure(what, item string, err error) {
+	level := slog.LevelWarn
+	class := impsync.ClassifyError(err)
+	if class == impsync.ClassConflict || class == impsync.ClassGone {
+		level = slog.LevelDebug
+	}
+	t.log.Log(context.Background(), level, "failed, will look at it again", "what", what, "item", item, "class", class.String(), "error", impsync.Explain(err))
+}

@@ -1,0 +1,81 @@
+package sync
+
+import (
+	"errors"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+)
+
+// ErrorClass says what to do about an error of the API server.
+type ErrorClass uint8
+
+const (
+	// ClassRetry: passing; try again with backoff.
+	ClassRetry ErrorClass = iota
+	// ClassConflict: somebody else was faster; read again and decide anew, at once.
+	ClassConflict
+	// ClassGone: what the write was for is gone or going; forget it quietly.
+	ClassGone
+	// ClassWait: refused for now (rights, policy, quota); look again after RecheckInterval.
+	ClassWait
+	// ClassTerminal: refused for what it is; nothing changes until the input does. Looked
+	// at again after RecheckInterval all the same, since the server's rules may change.
+	ClassTerminal
+)
+
+// String returns the class's name, as metrics show it.
+func (c ErrorClass) String() string {
+	return [...]string{"retry", "conflict", "gone", "refused", "invalid"}[c]
+}
+
+// RecheckInterval is how long what is refused rests, when nothing else brings it back.
+const RecheckInterval = 10 * time.Minute
+
+// ClassifyError sorts an error of a write to the API server.
+func ClassifyError(err error) ErrorClass {
+	switch {
+	case apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
+		return ClassGone
+	case apierrors.IsNotFound(err):
+		return ClassGone
+	case apierrors.IsConflict(err), apierrors.IsAlreadyExists(err):
+		return ClassConflict
+	case apierrors.IsForbidden(err):
+		return ClassWait
+	case apierrors.IsInvalid(err), apierrors.IsBadRequest(err), apierrors.IsRequestEntityTooLargeError(err),
+		apierrors.IsMethodNotSupported(err), apierrors.IsUnsupportedMediaType(err):
+		return ClassTerminal
+	default:
+		return ClassRetry
+	}
+}
+
+// Explain returns an error of the API server in one short line that is fit for status
+// and Events: names and reasons, never a piece of an object. The server's own text of an
+// invalid object may quote its values, so of that only the fields are told.
+func Explain(err error) string {
+	if err == nil {
+		return ""
+	}
+	var status apierrors.APIStatus
+	if !errors.As(err, &status) {
+		return err.Error()
+	}
+	s := status.Status()
+	switch {
+	case apierrors.IsInvalid(err):
+		var fields []string
+		if s.Details != nil {
+			for _, cause := range s.Details.Causes {
+				fields = append(fields, string(cause.Type)+" of "+cause.Field)
+			}
+		}
+		return "the API server finds it invalid: " + strings.Join(fields, ", ")
+	case apierrors.IsForbidden(err) && strings.Contains(s.Message, "exceeded quota"):
+		return "the namespace's quota is exceeded"
+	}
+	return s.Message
+}

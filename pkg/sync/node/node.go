@@ -1,0 +1,568 @@
+// Package node is the node duty: it watches the Pods of one node, creates the pull Secret
+// that a waiting Pod needs where it is absent, and reports which namespaces the Pods of
+// the node select.
+//
+// It never changes or deletes a Secret, and reads none but the rendered ones.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/metadata"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/util/workqueue"
+
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+const (
+	// duty is this package's name in metrics and logs.
+	duty = "node"
+	// workers bound the requests in flight of one node.
+	workers = 8
+	// callTimeout bounds one request to the API server.
+	callTimeout = 10 * time.Second
+	// reportInterval is the shortest time between two writes of the report.
+	reportInterval = time.Second
+)
+
+// Config is what an Agent needs.
+type Config struct {
+	// NodeName is the node whose Pods are served.
+	NodeName string
+	// Namespace holds the node report, RenderedNamespace the rendered Secrets.
+	Namespace         string
+	RenderedNamespace string
+	// Excluded namespaces are never served.
+	Excluded impsync.Exclusion
+	// Client is the connection to the API server, with the agent's own identity.
+	Client   *rest.Config
+	Metrics  *impsync.Metrics
+	Registry prometheus.Registerer
+	Log      *slog.Logger
+}
+
+// Agent is the node duty.
+type Agent struct {
+	config   Config
+	log      *slog.Logger
+	core     corev1client.CoreV1Interface
+	metadata metadata.Interface
+	secrets  *impsync.Secrets
+	fastPath prometheus.Histogram
+
+	pods     *impsync.Mirror[pod]
+	rendered *impsync.Mirror[renderedSecret]
+	report   *impsync.Mirror[string]
+	// queue holds namespaces with Pods that may wait for a Secret.
+	queue workqueue.TypedRateLimitingInterface[string]
+	// reportDirty holds a token while the report may need a write.
+	reportDirty chan struct{}
+	ready       chan struct{}
+
+	mu sync.Mutex
+	// active is the last readable form of every rendered Secret, by its name.
+	active map[string]*selecting
+	// namespaces are those with Pods here.
+	namespaces map[string]*namespace
+	// watchNamespace starts the watch of one namespace. Run sets it.
+	watchNamespace func(name string, ns *namespace)
+}
+
+// pod is what is kept of a Pod.
+type pod struct {
+	labels, annotations map[string]string
+	// waiting: it has a container whose image may still have to be pulled.
+	waiting bool
+	seen    time.Time
+}
+
+// renderedSecret is what is kept of a rendered Secret.
+type renderedSecret struct {
+	rendered impsync.Rendered
+	deleting bool
+	err      error
+}
+
+// selecting is a rendered Secret and its compiled selectors.
+type selecting struct {
+	impsync.Rendered
+	selection *impsync.Selection
+}
+
+// namespace is a namespace with Pods on this node.
+type namespace struct {
+	pods int
+	stop context.CancelFunc
+	// known is the last metadata that was read; nil before.
+	known *namespaceMeta
+}
+
+type namespaceMeta struct {
+	labels, annotations map[string]string
+	terminating         bool
+}
+
+func (m *namespaceMeta) equal(other *namespaceMeta) bool {
+	return m.terminating == other.terminating && maps.Equal(m.labels, other.labels) && maps.Equal(m.annotations, other.annotations)
+}
+
+// New returns an Agent that starts with Run.
+func New(config Config) (*Agent, error) {
+	switch {
+	case config.NodeName == "":
+		return nil, errors.New("the node duty needs the name of its node: set --node-name or NODE_NAME")
+	case config.Namespace == "" || config.RenderedNamespace == "":
+		return nil, errors.New("the node duty needs the namespaces of its report and of the rendered Secrets")
+	}
+	connection, err := rest.HTTPClientFor(config.Client)
+	if err != nil {
+		return nil, fmt.Errorf("connection to the API server: %w", err)
+	}
+	a := &Agent{
+		config:      config,
+		log:         config.Log.With("duty", duty),
+		reportDirty: make(chan struct{}, 1),
+		ready:       make(chan struct{}),
+		active:      map[string]*selecting{},
+		namespaces:  map[string]*namespace{},
+		fastPath: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "imps_fast_path_seconds",
+			Help:    "From the moment the agent sees a waiting Pod of a selected namespace to the moment its Secret is known to be there.",
+			Buckets: []float64{.001, .002, .005, .01, .02, .04, .08, .16, .32, 1, 5, 30},
+		}),
+	}
+	if a.core, err = corev1client.NewForConfigAndClient(protobuf(config.Client), connection); err != nil {
+		return nil, fmt.Errorf("client: %w", err)
+	}
+	if a.metadata, err = metadata.NewForConfigAndClient(config.Client, connection); err != nil {
+		return nil, fmt.Errorf("metadata client: %w", err)
+	}
+	if a.secrets, err = impsync.NewSecrets(config.Client, connection); err != nil {
+		return nil, err
+	}
+	if err := config.Registry.Register(a.fastPath); err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
+	a.pods = impsync.NewMirror(impsync.MirrorConfig[pod]{
+		Name: "pods of the node", Example: &corev1.Pod{}, Log: a.log,
+		ListWatch: typedListWatch(a.core.Pods("").List, a.core.Pods("").Watch,
+			fields.OneTermEqualSelector("spec.nodeName", config.NodeName)),
+		Convert:  convertPod,
+		OnChange: a.podChanged,
+	})
+	a.rendered = impsync.NewMirror(impsync.MirrorConfig[renderedSecret]{
+		Name: "rendered Secrets", Example: &corev1.Secret{}, Log: a.log,
+		ListWatch: typedListWatch(a.core.Secrets(config.RenderedNamespace).List, a.core.Secrets(config.RenderedNamespace).Watch, fields.Everything()),
+		Convert:   convertRendered,
+		OnChange:  a.renderedChanged,
+	})
+	a.report = impsync.NewMirror(impsync.MirrorConfig[string]{
+		Name: "node report", Example: &corev1.ConfigMap{}, Log: a.log,
+		ListWatch: typedListWatch(a.core.ConfigMaps(config.Namespace).List, a.core.ConfigMaps(config.Namespace).Watch,
+			fields.OneTermEqualSelector(metav1.ObjectNameField, impsync.ReportName(config.NodeName))),
+		Convert:  func(o runtime.Object) string { return o.(*corev1.ConfigMap).Data[impsync.ReportKey] },
+		OnChange: func(types.NamespacedName, *string, *string) { a.dirty() },
+	})
+	return a, nil
+}
+
+// protobuf is cheaper to decode than JSON, for types that have it.
+func protobuf(config *rest.Config) *rest.Config {
+	config = rest.CopyConfig(config)
+	config.ContentType = runtime.ContentTypeProtobuf
+	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	return config
+}
+
+func typedListWatch[L runtime.Object](
+	list func(context.Context, metav1.ListOptions) (L, error),
+	watcher func(context.Context, metav1.ListOptions) (watch.Interface, error),
+	selector fields.Selector,
+) cache.ListerWatcher {
+	return &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
+			options.FieldSelector = selector.String()
+			return list(ctx, options)
+		},
+		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			options.FieldSelector = selector.String()
+			return watcher(ctx, options)
+		},
+	}
+}
+
+// Ready returns nil once the agent has seen its Pods, the rendered Secrets and its report.
+func (a *Agent) Ready() error {
+	select {
+	case <-a.ready:
+		return nil
+	default:
+		return errors.New("the node duty has not read its Pods, the rendered Secrets and its report yet")
+	}
+}
+
+// Run serves the node until ctx ends; then it finishes what is in flight. An Agent runs once.
+func (a *Agent) Run(ctx context.Context) error {
+	a.queue = workqueue.NewTypedRateLimitingQueueWithConfig(
+		workqueue.NewTypedItemExponentialFailureRateLimiter[string](50*time.Millisecond, time.Minute),
+		workqueue.TypedRateLimitingQueueConfig[string]{Name: "node-namespaces"})
+	work, stop := impsync.WithGrace(ctx)
+	defer stop()
+
+	var watches sync.WaitGroup
+	defer watches.Wait()
+	a.watchNamespace = func(name string, ns *namespace) {
+		ctx, cancel := context.WithCancel(ctx)
+		ns.stop = cancel
+		mirror := a.namespaceMirror(name, ns)
+		watches.Go(func() { mirror.Run(ctx) })
+	}
+
+	tasks := []func(context.Context) error{
+		func(ctx context.Context) error { a.pods.Run(ctx); return nil },
+		func(ctx context.Context) error { a.rendered.Run(ctx); return nil },
+		func(ctx context.Context) error { a.report.Run(ctx); return nil },
+		func(ctx context.Context) error {
+			<-ctx.Done()
+			a.queue.ShutDown()
+			return nil
+		},
+		func(ctx context.Context) error {
+			for _, synced := range []<-chan struct{}{a.pods.Synced(), a.rendered.Synced(), a.report.Synced()} {
+				select {
+				case <-synced:
+				case <-ctx.Done():
+					return nil
+				}
+			}
+			close(a.ready)
+			a.dirty() // also a node without Pods has a report: it says that there is an agent
+			a.log.Info("serving", "node", a.config.NodeName)
+			serve := []func(context.Context) error{func(ctx context.Context) error { return a.keepReport(ctx, work) }}
+			for range workers {
+				serve = append(serve, func(context.Context) error {
+					for a.next(work) {
+					}
+					return nil
+				})
+			}
+			return impsync.RunTasks(ctx, serve...)
+		},
+	}
+	return impsync.RunTasks(ctx, tasks...)
+}
+
+func convertPod(o runtime.Object) pod {
+	p := o.(*corev1.Pod)
+	return pod{labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p), seen: time.Now()}
+}
+
+// isWaiting reports whether an image of the Pod may still have to be pulled: a container
+// that neither runs nor ever ran.
+func isWaiting(p *corev1.Pod) bool {
+	if p.DeletionTimestamp != nil || p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed {
+		return false
+	}
+	started := 0
+	for _, statuses := range [][]corev1.ContainerStatus{p.Status.InitContainerStatuses, p.Status.ContainerStatuses} {
+		for i := range statuses {
+			s := &statuses[i]
+			if s.State.Running != nil || s.State.Terminated != nil || s.LastTerminationState.Terminated != nil {
+				started++
+			}
+		}
+	}
+	return started < len(p.Spec.InitContainers)+len(p.Spec.Containers)
+}
+
+func convertRendered(o runtime.Object) renderedSecret {
+	s := o.(*corev1.Secret)
+	r := renderedSecret{deleting: s.DeletionTimestamp != nil}
+	if s.Type != impsync.RenderedType {
+		r.err = fmt.Errorf("type is not %s", impsync.RenderedType)
+		return r
+	}
+	r.rendered, r.err = impsync.DecodeRendered(s.Data)
+	return r
+}
+
+func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	ns := a.namespaces[key.Namespace]
+	switch {
+	case old == nil:
+		if ns == nil {
+			ns = &namespace{}
+			a.namespaces[key.Namespace] = ns
+			a.watchNamespace(key.Namespace, ns)
+		}
+		ns.pods++
+	case current == nil:
+		if ns.pods--; ns.pods == 0 {
+			ns.stop()
+			delete(a.namespaces, key.Namespace)
+		}
+	}
+	relabelled := old == nil || current == nil || !maps.Equal(old.labels, current.labels) || !maps.Equal(old.annotations, current.annotations)
+	if !relabelled {
+		return
+	}
+	if current != nil && current.waiting {
+		a.queue.Add(key.Namespace)
+	}
+	a.dirty()
+}
+
+func (a *Agent) renderedChanged(key types.NamespacedName, _, current *renderedSecret) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	was := a.active[key.Name]
+	switch {
+	case current == nil || current.deleting:
+		delete(a.active, key.Name)
+		a.dirty()
+		return
+	case current.err != nil:
+		a.log.Warn("cannot read a rendered Secret, going on with its last readable form", "secret", key.Name, "error", current.err)
+		return
+	}
+	if was != nil && was.Target.Name() == current.rendered.Target.Name() && was.SameSelectors(current.rendered) {
+		// A rotation: the coordinator brings it to every Secret that is there.
+		a.active[key.Name] = &selecting{Rendered: current.rendered, selection: was.selection}
+		return
+	}
+	selection, _, err := impsync.CompileSelection(current.rendered.Namespaces, current.rendered.Pods)
+	if err != nil {
+		a.log.Warn("cannot use a rendered Secret, going on with its last usable form", "secret", key.Name, "error", err)
+		return
+	}
+	a.active[key.Name] = &selecting{Rendered: current.rendered, selection: selection}
+	for name := range a.namespaces {
+		a.queue.Add(name)
+	}
+	a.dirty()
+}
+
+// namespaceMirror watches one namespace by its name. It does not log: where these watches
+// fail, that of the Pods does too, and says so once.
+func (a *Agent) namespaceMirror(name string, ns *namespace) *impsync.Mirror[namespaceMeta] {
+	return impsync.NewMirror(impsync.MirrorConfig[namespaceMeta]{
+		Name: "namespace " + name, Example: &metav1.PartialObjectMetadata{}, Log: slog.New(slog.DiscardHandler),
+		ListWatch: impsync.MetadataListWatch(a.metadata, impsync.NamespaceResource,
+			fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()),
+		Convert: func(o runtime.Object) namespaceMeta { return *namespaceMetaOf(o.(*metav1.PartialObjectMetadata)) },
+		OnChange: func(_ types.NamespacedName, _, current *namespaceMeta) {
+			if current == nil {
+				current = &namespaceMeta{terminating: true}
+			}
+			a.namespaceRead(name, ns, current)
+		},
+	})
+}
+
+func namespaceMetaOf(m *metav1.PartialObjectMetadata) *namespaceMeta {
+	return &namespaceMeta{labels: m.Labels, annotations: m.Annotations, terminating: m.DeletionTimestamp != nil}
+}
+
+// namespaceRead records the metadata of a namespace that the watch brought.
+func (a *Agent) namespaceRead(name string, ns *namespace, current *namespaceMeta) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if ns.known != nil && ns.known.equal(current) {
+		return
+	}
+	first := ns.known == nil
+	ns.known = current
+	if !first {
+		a.queue.Add(name)
+	}
+}
+
+// next serves one namespace of the queue; false once the queue is shut down.
+func (a *Agent) next(ctx context.Context) bool {
+	name, shutdown := a.queue.Get()
+	if shutdown {
+		return false
+	}
+	defer a.queue.Done(name)
+	err := a.serve(ctx, name)
+	switch {
+	case err == nil:
+		a.queue.Forget(name)
+		return true
+	case ctx.Err() != nil:
+		return true
+	}
+	class := impsync.ClassifyError(err)
+	switch class {
+	case impsync.ClassGone:
+		a.queue.Forget(name)
+	case impsync.ClassWait, impsync.ClassTerminal:
+		a.queue.Forget(name)
+		a.queue.AddAfter(name, impsync.RecheckInterval)
+	default:
+		if delay, ok := apierrors.SuggestsClientDelay(err); ok {
+			a.queue.AddAfter(name, time.Duration(delay)*time.Second)
+		} else {
+			a.queue.AddRateLimited(name)
+		}
+	}
+	if class != impsync.ClassConflict && class != impsync.ClassGone {
+		a.log.Warn("cannot give a namespace its Secret", "namespace", name, "class", class.String(), "error", impsync.Explain(err))
+	}
+	return true
+}
+
+// serve makes sure that the Pods of a namespace that wait here find the Secrets that
+// select it.
+func (a *Agent) serve(ctx context.Context, name string) error {
+	if a.config.Excluded.Matches(name) {
+		return nil
+	}
+	pods, oldest := a.podsOf(name)
+	if oldest.IsZero() {
+		return nil
+	}
+	meta, err := a.readNamespace(ctx, name)
+	if err != nil {
+		return err
+	}
+	if meta.terminating {
+		return nil
+	}
+	var errs []error
+	for _, target := range a.wanted(name, meta, pods) {
+		there, err := a.ensure(ctx, name, target)
+		errs = append(errs, err)
+		if there {
+			a.fastPath.Observe(time.Since(oldest).Seconds())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// podsOf returns the Pods of a namespace, and since when the longest waiting one is known;
+// zero where none waits.
+func (a *Agent) podsOf(namespace string) (pods []pod, oldest time.Time) {
+	a.pods.Range(func(key types.NamespacedName, p pod) bool {
+		if key.Namespace != namespace {
+			return true
+		}
+		pods = append(pods, p)
+		if p.waiting && (oldest.IsZero() || p.seen.Before(oldest)) {
+			oldest = p.seen
+		}
+		return true
+	})
+	return pods, oldest
+}
+
+// readNamespace returns what the watch of the namespace knows. Until that has brought
+// something, it asks: a watch may take a while to start.
+func (a *Agent) readNamespace(ctx context.Context, name string) (*namespaceMeta, error) {
+	a.mu.Lock()
+	ns := a.namespaces[name]
+	if ns == nil {
+		a.mu.Unlock()
+		return &namespaceMeta{terminating: true}, nil // its last Pod is gone
+	}
+	known := ns.known
+	a.mu.Unlock()
+	if known != nil {
+		return known, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	m, err := a.metadata.Resource(impsync.NamespaceResource).Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("read namespace %s: %w", name, err)
+	}
+	current := namespaceMetaOf(m)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	// The watch may have been faster, and knows as much or more.
+	if ns.known == nil {
+		ns.known = current
+	}
+	return ns.known, nil
+}
+
+// wanted returns the targets that the namespace should have: for each name, the one of the
+// oldest resource that selects the namespace.
+func (a *Agent) wanted(name string, meta *namespaceMeta, pods []pod) map[string]*selecting {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	winners := map[string]*selecting{}
+	for _, candidate := range a.active {
+		if !candidate.selects(name, meta, pods) {
+			continue
+		}
+		target := candidate.Target.Name()
+		if winner := winners[target]; winner == nil || candidate.Resource.Compare(winner.Resource) < 0 {
+			winners[target] = candidate
+		}
+	}
+	return winners
+}
+
+func (s *selecting) selects(name string, meta *namespaceMeta, pods []pod) bool {
+	if s.selection.SelectsByRule(name, meta.labels, meta.annotations) {
+		return true
+	}
+	for _, p := range pods {
+		if s.selection.MatchesPod(p.labels, p.annotations) {
+			return true
+		}
+	}
+	return false
+}
+
+// ensure creates the Secret where nothing is. Whatever is there is left as it is: only the
+// coordinator changes Secrets. It reports whether a Secret of ours is there now.
+func (a *Agent) ensure(ctx context.Context, namespace string, s *selecting) (there bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	name := s.Target.Name()
+	m, err := a.secrets.Get(ctx, namespace, name)
+	if apierrors.IsNotFound(err) {
+		var created bool
+		m, created, err = a.secrets.Create(ctx, namespace, s.Target)
+		a.config.Metrics.SecretWrite(duty, "create", err)
+		if created {
+			a.log.Debug("created Secret", "namespace", namespace, "secret", name, "revision", s.Target.Revision().String())
+			return true, nil
+		}
+		if err != nil && !apierrors.IsNotFound(err) {
+			// Refused, perhaps since it is there by now: then all is well.
+			if now, getErr := a.secrets.Get(ctx, namespace, name); getErr == nil {
+				m, err = now, nil
+			}
+		}
+	}
+	if err != nil {
+		return false, fmt.Errorf("Secret %s/%s: %w", namespace, name, err)
+	}
+	if impsync.ExistingOf(m).Ownership == impsync.Foreign {
+		a.log.Warn("a foreign Secret has the name of a pull Secret and is left alone", "namespace", namespace, "secret", name)
+		return false, nil
+	}
+	return true, nil
+}

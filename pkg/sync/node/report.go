@@ -1,0 +1,119 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+// dirty notes that the report may need a write.
+func (a *Agent) dirty() {
+	select {
+	case a.reportDirty <- struct{}{}:
+	default:
+	}
+}
+
+// keepReport writes the report whenever it has changed, at most once per reportInterval.
+// It starts after the first lists are in, so that it never withdraws demand it has only
+// not seen yet. Requests run under work, which outlives ctx a little.
+func (a *Agent) keepReport(ctx, work context.Context) error {
+	backoff := reportInterval
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.reportDirty:
+		}
+		wrote, err := a.writeReport(work)
+		switch {
+		case err != nil:
+			a.log.Warn("cannot write the node report", "error", impsync.Explain(err), "again_in", backoff.String())
+			a.dirty()
+			backoff = min(2*backoff, time.Minute)
+		case !wrote:
+			continue
+		default:
+			backoff = reportInterval
+		}
+		timer := time.NewTimer(backoff)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		}
+	}
+}
+
+func (a *Agent) writeReport(ctx context.Context) (wrote bool, err error) {
+	data, err := a.currentReport().Encode()
+	if err != nil {
+		return false, err
+	}
+	name := impsync.ReportName(a.config.NodeName)
+	if there, ok := a.report.Get(types.NamespacedName{Namespace: a.config.Namespace, Name: name}); ok && there == data[impsync.ReportKey] {
+		return false, nil
+	}
+	body, err := json.Marshal(map[string]any{
+		"apiVersion": "v1", "kind": "ConfigMap",
+		"metadata": map[string]any{"name": name, "labels": map[string]string{impsync.LabelComponent: impsync.ComponentReport}},
+		"data":     data,
+	})
+	if err != nil {
+		return false, fmt.Errorf("encode node report: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	force := true
+	_, err = a.core.ConfigMaps(a.config.Namespace).Patch(ctx, name, types.ApplyPatchType, body, metav1.PatchOptions{FieldManager: impsync.FieldManager, Force: &force})
+	return true, err
+}
+
+// currentReport computes the report from the Pods and the rendered Secrets. A namespace is
+// in demand when a Pod matches, whether or not a namespace rule selects it too: so nothing
+// is lost in the moment in which such a rule ceases to.
+func (a *Agent) currentReport() impsync.Report {
+	a.mu.Lock()
+	byPods := make([]*selecting, 0, len(a.active))
+	for _, s := range a.active {
+		if s.selection.HasPodRules() {
+			byPods = append(byPods, s)
+		}
+	}
+	a.mu.Unlock()
+	report := impsync.Report{
+		Node:           a.config.NodeName,
+		FormatVersions: []int{impsync.FormatVersion},
+		Demand:         map[string][]types.UID{},
+	}
+	if len(byPods) == 0 {
+		return report
+	}
+	type demand struct {
+		namespace string
+		uid       types.UID
+	}
+	seen := map[demand]struct{}{}
+	a.pods.Range(func(key types.NamespacedName, p pod) bool {
+		if a.config.Excluded.Matches(key.Namespace) {
+			return true
+		}
+		for _, s := range byPods {
+			d := demand{key.Namespace, s.Resource.UID}
+			if _, ok := seen[d]; ok || !s.selection.MatchesPod(p.labels, p.annotations) {
+				continue
+			}
+			seen[d] = struct{}{}
+			report.Demand[d.namespace] = append(report.Demand[d.namespace], d.uid)
+		}
+		return true
+	})
+	return report
+}

@@ -1,0 +1,299 @@
+package sync
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	"github.com/imps-node/imps/pkg/dockerconfig"
+)
+
+// FormatVersion is the version of the rendered form that this build writes, and the
+// only one that it reads.
+const FormatVersion = 1
+
+// Keys of a rendered Secret's data.
+const (
+	renderedKeyVersion = "formatVersion"
+	renderedKeyRecord  = "rendered"
+	renderedKeyTarget  = "target"
+)
+
+// ErrFormatVersion is returned for a rendered Secret of a version that this build cannot
+// read. The reader keeps what it had.
+var ErrFormatVersion = errors.New("rendered form of another version")
+
+// Revision identifies one content of the target Secrets of one resource.
+type Revision struct {
+	// UID of the ImagePullSecret.
+	UID types.UID
+	// Counter grows by at least one with every change of the target object.
+	Counter uint64
+}
+
+// String returns "<uid>.<counter>", the value of AnnotationRevision.
+func (r Revision) String() string { return string(r.UID) + "." + strconv.FormatUint(r.Counter, 10) }
+
+// ParseRevision parses what String returns.
+func ParseRevision(s string) (Revision, error) {
+	uid, counter, ok := strings.Cut(s, ".")
+	if !ok || uid == "" {
+		return Revision{}, fmt.Errorf("revision %q is not <uid>.<counter>", s)
+	}
+	n, err := strconv.ParseUint(counter, 10, 63) // room to count on
+	if err != nil {
+		return Revision{}, fmt.Errorf("revision %q is not <uid>.<counter>", s)
+	}
+	return Revision{UID: types.UID(uid), Counter: n}, nil
+}
+
+// ResourceRef identifies an ImagePullSecret, and orders those that claim one target.
+type ResourceRef struct {
+	Name              string      `json:"name"`
+	UID               types.UID   `json:"uid"`
+	CreationTimestamp metav1.Time `json:"creationTimestamp"`
+}
+
+// RefOf returns the reference of a resource.
+func RefOf(r *v1alpha1.ImagePullSecret) ResourceRef {
+	return ResourceRef{Name: r.Name, UID: r.UID, CreationTimestamp: r.CreationTimestamp}
+}
+
+// Compare orders by creation time, then by name: of two resources that claim one target
+// the lesser wins.
+func (r ResourceRef) Compare(other ResourceRef) int {
+	return cmp.Or(r.CreationTimestamp.Compare(other.CreationTimestamp.Time), cmp.Compare(r.Name, other.Name))
+}
+
+// OwnerReference is what a target Secret carries for this resource: no controller, and
+// it does not block the owner's deletion.
+func (r ResourceRef) OwnerReference() metav1.OwnerReference {
+	return metav1.OwnerReference{
+		APIVersion: v1alpha1.GroupVersion.String(), Kind: v1alpha1.Kind.Kind, Name: r.Name, UID: r.UID,
+	}
+}
+
+// Rendered is what the coordinator tells every agent about one resource. It is immutable.
+type Rendered struct {
+	// Resource is the ImagePullSecret that this was rendered from.
+	Resource ResourceRef
+	// Namespaces and Pods are its selectors.
+	Namespaces v1alpha1.NamespaceSelector
+	Pods       v1alpha1.PodSelector
+	// Target is the object that is applied in every selected namespace.
+	Target Target
+}
+
+// SameSelectors reports whether both select the same.
+func (r Rendered) SameSelectors(other Rendered) bool {
+	return equality.Semantic.DeepEqual(r.Namespaces, other.Namespaces) && equality.Semantic.DeepEqual(r.Pods, other.Pods)
+}
+
+// renderedRecord is the JSON under renderedKeyRecord. It holds no credential.
+type renderedRecord struct {
+	Resource           ResourceRef                `json:"resource"`
+	Namespaces         v1alpha1.NamespaceSelector `json:"namespaces"`
+	NamespacesWithPods v1alpha1.PodSelector       `json:"namespacesWithPods"`
+}
+
+// EncodeRendered returns the data of the rendered Secret. The same input gives the same bytes.
+func EncodeRendered(r Rendered) (map[string][]byte, error) {
+	record, err := json.Marshal(renderedRecord{Resource: r.Resource, Namespaces: r.Namespaces, NamespacesWithPods: r.Pods})
+	if err != nil {
+		return nil, fmt.Errorf("encode the rendered form of %s: %w", r.Resource.Name, err)
+	}
+	data := map[string][]byte{
+		renderedKeyVersion: []byte(strconv.Itoa(FormatVersion)),
+		renderedKeyRecord:  record,
+		renderedKeyTarget:  []byte(r.Target.body.Reveal()),
+	}
+	size := 0
+	for key, value := range data {
+		size += len(key) + len(value)
+	}
+	if size > corev1.MaxSecretSize {
+		return nil, fmt.Errorf("the merged credentials are too large: rendered they are %d bytes, and a Secret holds at most %d; list fewer registries", size, corev1.MaxSecretSize)
+	}
+	return data, nil
+}
+
+// DecodeRendered decodes the data of a rendered Secret. ErrFormatVersion says that it is
+// of another version; any other error that it is not what this package wrote. No error
+// holds a piece of the data.
+func DecodeRendered(data map[string][]byte) (Rendered, error) {
+	if version := string(data[renderedKeyVersion]); version != strconv.Itoa(FormatVersion) {
+		return Rendered{}, fmt.Errorf("%w: this build reads %d", ErrFormatVersion, FormatVersion)
+	}
+	var record renderedRecord
+	if err := json.Unmarshal(data[renderedKeyRecord], &record); err != nil {
+		return Rendered{}, errors.New("rendered form: the record is not valid JSON")
+	}
+	target, err := parseTarget(data[renderedKeyTarget])
+	if err != nil {
+		return Rendered{}, fmt.Errorf("rendered form: %w", err)
+	}
+	if record.Resource.UID == "" || record.Resource.UID != target.revision.UID {
+		return Rendered{}, errors.New("rendered form: record and target are of different resources")
+	}
+	return Rendered{Resource: record.Resource, Namespaces: record.Namespaces, Pods: record.NamespacesWithPods, Target: target}, nil
+}
+
+// Target is the Secret that a resource puts into every selected namespace: a complete
+// apply request, but for the namespace, which only the URL names. It is immutable.
+type Target struct {
+	name     string
+	revision Revision
+	owners   []types.UID
+	body     dockerconfig.Sensitive
+}
+
+// bodyHead is how every body starts, so that a resourceVersion can be put in front of
+// the other metadata.
+const bodyHead = `{"apiVersion":"v1","kind":"Secret","metadata":{`
+
+// targetBody is an apply request. Its fields stand in the order that bodyHead wants.
+type targetBody struct {
+	APIVersion string            `json:"apiVersion"`
+	Kind       string            `json:"kind"`
+	Metadata   targetMetadata    `json:"metadata"`
+	Type       corev1.SecretType `json:"type"`
+	Data       map[string][]byte `json:"data"`
+}
+
+type targetMetadata struct {
+	Name            string                  `json:"name"`
+	Labels          map[string]string       `json:"labels"`
+	Annotations     map[string]string       `json:"annotations"`
+	OwnerReferences []metav1.OwnerReference `json:"ownerReferences"`
+}
+
+// NewTarget returns the target Secret of a resource at a counter, with the credentials
+// that config holds.
+func NewTarget(owner ResourceRef, spec v1alpha1.TargetSecretSpec, counter uint64, config dockerconfig.Sensitive) (Target, error) {
+	revision := Revision{UID: owner.UID, Counter: counter}
+	labels, annotations := maps.Clone(spec.Labels), maps.Clone(spec.Annotations)
+	if labels == nil {
+		labels = map[string]string{}
+	}
+	if annotations == nil {
+		annotations = map[string]string{}
+	}
+	// The reserved ones win, and IMPS's annotation never comes back through a spec.
+	labels[LabelOwnerUID] = string(owner.UID)
+	annotations[AnnotationRevision] = revision.String()
+	delete(annotations, AnnotationLegacyApplied)
+	return newTarget(revision, targetBody{
+		APIVersion: "v1",
+		Kind:       "Secret",
+		Metadata: targetMetadata{
+			Name: spec.Name, Labels: labels, Annotations: annotations,
+			OwnerReferences: []metav1.OwnerReference{owner.OwnerReference()},
+		},
+		Type: corev1.SecretTypeDockerConfigJson,
+		Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(config.Reveal())},
+	})
+}
+
+func newTarget(revision Revision, body targetBody) (Target, error) {
+	raw, err := json.Marshal(body)
+	if err != nil {
+		return Target{}, fmt.Errorf("encode target Secret %s: %w", body.Metadata.Name, err)
+	}
+	target := Target{name: body.Metadata.Name, revision: revision, body: dockerconfig.NewSensitive(raw)}
+	for _, ref := range body.Metadata.OwnerReferences {
+		target.owners = append(target.owners, ref.UID)
+	}
+	slices.Sort(target.owners)
+	return target, nil
+}
+
+// parseTarget is strict: it takes what newTarget made and nothing else.
+func parseTarget(raw []byte) (Target, error) {
+	var body targetBody
+	decoder := json.NewDecoder(bytes.NewReader(raw))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(&body); err != nil {
+		return Target{}, errors.New("the target is not valid JSON")
+	}
+	if body.Kind != "Secret" || body.APIVersion != "v1" || body.Type != corev1.SecretTypeDockerConfigJson || body.Metadata.Name == "" {
+		return Target{}, errors.New("the target is not a named pull Secret")
+	}
+	revision, err := ParseRevision(body.Metadata.Annotations[AnnotationRevision])
+	if err != nil {
+		return Target{}, fmt.Errorf("the target's %w", err)
+	}
+	if body.Metadata.Labels[LabelOwnerUID] != string(revision.UID) {
+		return Target{}, errors.New("the target's owner label and revision are of different resources")
+	}
+	target, err := newTarget(revision, body)
+	if err != nil {
+		return Target{}, err
+	}
+	if target.body.Reveal() != string(raw) {
+		return Target{}, errors.New("the target is not in its canonical form")
+	}
+	return target, nil
+}
+
+// Name of the Secret.
+func (t Target) Name() string { return t.name }
+
+// Revision of the content.
+func (t Target) Revision() Revision { return t.revision }
+
+// IsZero reports whether there is no target.
+func (t Target) IsZero() bool { return t.body.IsZero() }
+
+// Owners are the UIDs of the owner references, sorted. The slice must not be changed.
+func (t Target) Owners() []types.UID { return t.owners }
+
+// SameContent reports whether both are the same but for the counter.
+func (t Target) SameContent(other Target) bool {
+	if t.revision.UID != other.revision.UID || t.name != other.name {
+		return false
+	}
+	// The counter stands in the annotation only, which holds nothing else.
+	strip := func(t Target) string {
+		return strings.Replace(t.body.Reveal(), strconv.Quote(t.revision.String()), `""`, 1)
+	}
+	return strip(t) == strip(other)
+}
+
+// WithOwners returns the target with one owner reference for each of these resources.
+func (t Target) WithOwners(owners []ResourceRef) (Target, error) {
+	var body targetBody
+	if err := json.Unmarshal([]byte(t.body.Reveal()), &body); err != nil {
+		return Target{}, fmt.Errorf("target Secret %s: its own body is not valid JSON", t.name)
+	}
+	body.Metadata.OwnerReferences = nil
+	for _, owner := range owners {
+		body.Metadata.OwnerReferences = append(body.Metadata.OwnerReferences, owner.OwnerReference())
+	}
+	return newTarget(t.revision, body)
+}
+
+// Body returns the apply request. A resourceVersion that is not empty makes the request
+// fail where the Secret is at another one, or not there.
+func (t Target) Body(resourceVersion string) []byte {
+	body := t.body.Reveal()
+	if resourceVersion == "" {
+		return []byte(body)
+	}
+	precondition := `"resourceVersion":` + strconv.Quote(resourceVersion) + `,`
+	out := make([]byte, 0, len(body)+len(precondition))
+	out = append(out, bodyHead...)
+	out = append(out, precondition...)
+	return append(out, body[len(bodyHead):]...)
+}

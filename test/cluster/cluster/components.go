@@ -1,0 +1,141 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+)
+
+// Files in the data folder. The components run in it and are given these names
+// as they are: the path of a temporary folder may be too long for a socket, or
+// have commas in it.
+const (
+	authorityFile     = "ca.crt"
+	servingCertFile   = "apiserver.crt"
+	servingKeyFile    = "apiserver.key"
+	accountKeyFile    = "serviceaccounts.key"
+	tokenFile         = "tokens.csv"
+	auditPolicyFile   = "audit-policy.yaml"
+	auditLogFile      = "audit.log"
+	adminKubeconfig   = "kubeconfig"
+	managerKubeconfig = "kube-controller-manager.kubeconfig"
+	etcdSocket        = "etcd.sock"
+	etcdPeerSocket    = "etcd-peer.sock"
+	etcdData          = "etcd"
+)
+
+// etcdArgs has etcd listen on unix sockets only: nobody else can reach it, and
+// no port can be taken by someone else while it is down. Nothing is synced to
+// disk, since the data does not outlive the machine anyway.
+func etcdArgs() []string {
+	client, peer := "unix://"+etcdSocket, "unix://"+etcdPeerSocket
+	return []string{
+		"--name=etcd",
+		"--data-dir=" + etcdData,
+		"--listen-client-urls=" + client,
+		"--advertise-client-urls=" + client,
+		"--listen-peer-urls=" + peer,
+		"--initial-advertise-peer-urls=" + peer,
+		"--initial-cluster=etcd=" + peer,
+		"--unsafe-no-fsync",
+		"--quota-backend-bytes=8589934592",
+		"--logger=zap",
+		"--log-level=warn",
+	}
+}
+
+func apiServerArgs(port int) []string {
+	return []string{
+		"--etcd-servers=unix://" + etcdSocket,
+		"--bind-address=127.0.0.1",
+		fmt.Sprintf("--secure-port=%d", port),
+		// Without it the server looks for a default route, which a machine
+		// without network lacks.
+		"--advertise-address=127.0.0.1",
+		// A loopback address is not allowed in Endpoints.
+		"--endpoint-reconciler-type=none",
+		"--tls-cert-file=" + servingCertFile,
+		"--tls-private-key-file=" + servingKeyFile,
+		"--client-ca-file=" + authorityFile,
+		"--token-auth-file=" + tokenFile,
+		"--authorization-mode=Node,RBAC",
+		"--enable-admission-plugins=NodeRestriction",
+		"--service-account-issuer=https://kubernetes.default.svc",
+		"--service-account-key-file=" + accountKeyFile,
+		"--service-account-signing-key-file=" + accountKeyFile,
+		"--service-cluster-ip-range=10.96.0.0/16",
+		"--allow-privileged=true",
+		"--profiling=false",
+		"--audit-policy-file=" + auditPolicyFile,
+		"--audit-log-path=" + auditLogFile,
+		// Blocking: what a client has seen answered is in the file.
+		"--audit-log-mode=blocking",
+		// Zero: never rotated.
+		"--audit-log-maxsize=0",
+	}
+}
+
+// controllerManagerArgs leaves out the controllers that take a missing kubelet
+// for a dead node and delete its Pods, and with them the tokens that are bound
+// to the Pods. The client limits are raised so that thousands of namespaces get
+// their ServiceAccounts quickly.
+func controllerManagerArgs() []string {
+	return []string{
+		"--kubeconfig=" + managerKubeconfig,
+		"--secure-port=0",
+		"--leader-elect=false",
+		// By default a folder of the host, which the controller manager creates.
+		"--flex-volume-plugin-dir=flexvolume",
+		"--use-service-account-credentials=true",
+		"--service-account-private-key-file=" + accountKeyFile,
+		"--root-ca-file=" + authorityFile,
+		"--controllers=*,-node-lifecycle-controller,-taint-eviction-controller,-pod-garbage-collector-controller",
+		"--kube-api-qps=500",
+		"--kube-api-burst=1000",
+		"--profiling=false",
+	}
+}
+
+// prober asks the API server how it is.
+type prober struct {
+	url    string
+	token  string
+	client *http.Client
+}
+
+func newProber(url, token string, ca *authority) *prober {
+	return &prober{url: url, token: token, client: &http.Client{
+		Timeout:   5 * time.Second,
+		Transport: &http.Transport{TLSClientConfig: ca.clientTLS()},
+	}}
+}
+
+// ready returns nil when the server says that it can serve.
+func (p *prober) ready(ctx context.Context) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url+"/readyz", nil)
+	if err != nil {
+		return fmt.Errorf("build a probe: %w", err)
+	}
+	req.Header.Set("Authorization", "Bearer "+p.token)
+	resp, err := p.client.Do(req)
+	if err != nil {
+		return fmt.Errorf("probe the API server: %w", err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode == http.StatusOK {
+		return nil
+	}
+	// The answer lists what it still waits for.
+	const longest = 8 << 10 // bytes
+	text, err := io.ReadAll(io.LimitReader(resp.Body, longest))
+	if err != nil {
+		return fmt.Errorf("probe the API server: %w", err)
+	}
+	return fmt.Errorf("probe the API server: %s: %s", resp.Status, text)
+}
+
+func (p *prober) close() {
+	p.client.CloseIdleConnections()
+}

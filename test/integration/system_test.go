@@ -1,0 +1,471 @@
+package integration
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"sigs.k8s.io/yaml"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	impsync "github.com/imps-node/imps/pkg/sync"
+	clusterduty "github.com/imps-node/imps/pkg/sync/cluster"
+	nodeduty "github.com/imps-node/imps/pkg/sync/node"
+	"github.com/imps-node/imps/test/cluster/cluster"
+)
+
+const (
+	// within is the deadline of what should take milliseconds.
+	within = 10 * time.Second
+	// linger replaces the minute that a Secret stays after the last Pod.
+	linger = 2 * time.Second
+
+	canaryUser     = "canary-user"
+	canaryPassword = "canary-4b1d0c-never-printed"
+)
+
+// system is imps at work for one test.
+type system struct {
+	t        *testing.T
+	core     kubernetes.Interface
+	dynamic  dynamic.Interface
+	registry *prometheus.Registry
+	metrics  *impsync.Metrics
+	// prefix starts the names of everything cluster-scoped that the test makes.
+	prefix string
+}
+
+func newSystem(t *testing.T) *system {
+	t.Helper()
+	core, err := kubernetes.NewForConfig(control.Admin())
+	require.NoError(t, err)
+	dyn, err := dynamic.NewForConfig(control.Admin())
+	require.NoError(t, err)
+	s := &system{t: t, core: core, dynamic: dyn, registry: prometheus.NewRegistry(), prefix: cluster.Prefix(t)}
+	s.metrics = impsync.NewMetrics(s.registry)
+	t.Cleanup(func() {
+		s.findCanaries()
+		s.removeEverything()
+	})
+	return s
+}
+
+// removeEverything deletes what the test made, so that the next one starts from nothing.
+func (s *system) removeEverything() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	images := s.dynamic.Resource(v1alpha1.Resource)
+	require.NoError(s.t, images.DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{}))
+	require.NoError(s.t, s.core.CoreV1().Secrets(sourceNamespace).DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{}))
+	require.NoError(s.t, s.core.CoreV1().ConfigMaps(systemNamespace).DeleteCollection(ctx, metav1.DeleteOptions{},
+		metav1.ListOptions{LabelSelector: impsync.LabelComponent}))
+	for _, namespace := range []string{systemNamespace, renderedNamespace} {
+		require.NoError(s.t, s.core.CoreV1().Secrets(namespace).DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{LabelSelector: impsync.LabelComponent}))
+	}
+	require.NoError(s.t, s.core.CoreV1().Nodes().DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{}))
+	grace := int64(0)
+	require.NoError(s.t, s.core.CoreV1().Pods(systemNamespace).DeleteCollection(ctx, metav1.DeleteOptions{GracePeriodSeconds: &grace}, metav1.ListOptions{}))
+}
+
+// findCanaries looks for the credentials where they must not be.
+func (s *system) findCanaries() {
+	ctx := context.Background()
+	s.t.Helper()
+	check := func(where string, object any) {
+		raw, err := json.Marshal(object)
+		require.NoError(s.t, err)
+		require.NoError(s.t, findCanary(where, string(raw)))
+	}
+	events, err := s.core.CoreV1().Events("").List(ctx, metav1.ListOptions{})
+	require.NoError(s.t, err)
+	check("Events", events)
+	images, err := s.dynamic.Resource(v1alpha1.Resource).List(ctx, metav1.ListOptions{})
+	require.NoError(s.t, err)
+	check("ImagePullSecrets", images)
+	configMaps, err := s.core.CoreV1().ConfigMaps("").List(ctx, metav1.ListOptions{})
+	require.NoError(s.t, err)
+	check("ConfigMaps", configMaps)
+	secrets, err := s.core.CoreV1().Secrets("").List(ctx, metav1.ListOptions{})
+	require.NoError(s.t, err)
+	for _, secret := range secrets.Items {
+		check("metadata of Secret "+secret.Namespace+"/"+secret.Name, secret.ObjectMeta)
+	}
+	answer := httptest.NewRecorder()
+	promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{}).ServeHTTP(answer, httptest.NewRequestWithContext(ctx, "GET", "/metrics", nil))
+	require.NoError(s.t, findCanary("metrics", answer.Body.String()))
+}
+
+// findCanary returns an error where text holds the canary credential in any form.
+func findCanary(where, text string) error {
+	pair := canaryUser + ":" + canaryPassword
+	for form, needle := range map[string]string{
+		"raw":                     canaryPassword,
+		"base64":                  base64.StdEncoding.EncodeToString([]byte(canaryPassword)),
+		"base64 of user:password": base64.StdEncoding.EncodeToString([]byte(pair)),
+		"twice base64":            base64.StdEncoding.EncodeToString([]byte(base64.StdEncoding.EncodeToString([]byte(pair)))),
+	} {
+		if strings.Contains(text, strings.TrimRight(needle, "=")) {
+			return fmt.Errorf("the canary credential stands in %s (%s)", where, form)
+		}
+	}
+	return nil
+}
+
+// process is a duty that runs.
+type process struct {
+	stop  func()
+	ready func() error
+}
+
+func (s *system) start(run func(context.Context) error, ready func() error) *process {
+	s.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- run(ctx) }()
+	stopped := false
+	p := &process{ready: ready, stop: func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		select {
+		case err := <-done:
+			require.NoError(s.t, err)
+		case <-time.After(30 * time.Second):
+			require.Fail(s.t, "a duty does not stop")
+		}
+	}}
+	s.t.Cleanup(p.stop)
+	s.eventually(func() error { return ready() }, "a duty does not become ready")
+	return p
+}
+
+// coordinator runs the cluster duty with the chart's identity.
+func (s *system) coordinator(change ...func(*clusterduty.Config)) *process {
+	s.t.Helper()
+	token, err := control.Token(s.t.Context(), systemNamespace, "imps-coordinator")
+	require.NoError(s.t, err)
+	config := clusterduty.Config{
+		Namespace: systemNamespace, RenderedNamespace: renderedNamespace,
+		TargetSecretNames: []string{secretName, otherSecretName},
+		SourceNamespaces:  []string{sourceNamespace},
+		Identity:          cluster.Prefix(s.t),
+		DemandLinger:      linger,
+		Client:            agentConfig(token, "coordinator"),
+		Metrics:           s.metrics, Registry: prometheus.NewRegistry(), Log: logger(),
+	}
+	for _, c := range change {
+		c(&config)
+	}
+	c, err := clusterduty.New(config)
+	require.NoError(s.t, err)
+	return s.start(c.Run, func() error {
+		if err := c.Ready(); err != nil {
+			return err
+		}
+		if !c.Leading() {
+			return fmt.Errorf("does not lead yet")
+		}
+		return nil
+	})
+}
+
+// agent runs the node duty with a token as the chart's DaemonSet has it on this node.
+func (s *system) agent(nodeName string) *process {
+	s.t.Helper()
+	a, err := nodeduty.New(nodeduty.Config{
+		NodeName: nodeName, Namespace: systemNamespace, RenderedNamespace: renderedNamespace,
+		Client:  agentConfig(s.nodeToken(nodeName), "agent/"+nodeName),
+		Metrics: s.metrics, Registry: prometheus.NewRegistry(), Log: logger(),
+	})
+	require.NoError(s.t, err)
+	return s.start(a.Run, a.Ready)
+}
+
+func (s *system) nodeToken(nodeName string) string {
+	s.t.Helper()
+	require.NoError(s.t, control.Node(s.t.Context(), nodeName))
+	token, err := control.NodeToken(s.t.Context(), systemNamespace, "imps-node", nodeName)
+	require.NoError(s.t, err)
+	return token
+}
+
+// agentConfig is a connection whose requests the audit log tells apart.
+func agentConfig(token, agent string) *rest.Config {
+	config := control.ConfigForToken(token)
+	config.UserAgent = "imps-test/" + agent
+	return config
+}
+
+// eventually waits until check returns no error.
+func (s *system) eventually(check func() error, message string, args ...any) {
+	s.t.Helper()
+	deadline := time.Now().Add(within)
+	for tick := time.NewTicker(10 * time.Millisecond); ; <-tick.C {
+		err := check()
+		if err == nil {
+			tick.Stop()
+			return
+		}
+		if time.Now().After(deadline) {
+			tick.Stop()
+			require.Fail(s.t, fmt.Sprintf(message, args...), "%v", err)
+		}
+	}
+}
+
+// dockerConfig returns a docker config with the canary as the password of each registry.
+func dockerConfig(registries ...string) []byte {
+	auths := map[string]map[string]string{}
+	for _, registry := range registries {
+		auths[registry] = map[string]string{"username": canaryUser, "password": canaryPassword}
+	}
+	raw, err := json.Marshal(map[string]any{"auths": auths})
+	if err != nil {
+		panic(err)
+	}
+	return raw
+}
+
+// source writes a source Secret.
+func (s *system) source(name string, config []byte) {
+	s.t.Helper()
+	s.writeSecret(&corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Namespace: sourceNamespace, Name: name},
+		Type:       corev1.SecretTypeDockerConfigJson,
+		Data:       map[string][]byte{corev1.DockerConfigJsonKey: config},
+	})
+}
+
+func (s *system) writeSecret(secret *corev1.Secret) *corev1.Secret {
+	s.t.Helper()
+	secrets := s.core.CoreV1().Secrets(secret.Namespace)
+	written, err := secrets.Create(s.t.Context(), secret, metav1.CreateOptions{FieldManager: "a-user"})
+	if apierrors.IsAlreadyExists(err) {
+		written, err = secrets.Update(s.t.Context(), secret, metav1.UpdateOptions{FieldManager: "a-user"})
+	}
+	require.NoError(s.t, err)
+	return written
+}
+
+// resource creates an ImagePullSecret from the YAML of its spec, "" for none.
+func (s *system) resource(name, spec string) *v1alpha1.ImagePullSecret {
+	s.t.Helper()
+	object := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": v1alpha1.GroupVersion.String(), "kind": v1alpha1.Kind.Kind,
+		"metadata": map[string]any{"name": name},
+	}}
+	if spec != "" {
+		parsed := map[string]any{}
+		require.NoError(s.t, yaml.Unmarshal([]byte(spec), &parsed))
+		object.Object["spec"] = parsed
+	}
+	created, err := s.dynamic.Resource(v1alpha1.Resource).Create(s.t.Context(), object, metav1.CreateOptions{})
+	require.NoError(s.t, err)
+	return typed(s.t, created)
+}
+
+// change patches the spec of an ImagePullSecret with a merge patch in YAML.
+func (s *system) change(name, patch string) {
+	s.t.Helper()
+	raw, err := yaml.YAMLToJSON([]byte(patch))
+	require.NoError(s.t, err)
+	_, err = s.dynamic.Resource(v1alpha1.Resource).Patch(s.t.Context(), name, "application/merge-patch+json", raw, metav1.PatchOptions{})
+	require.NoError(s.t, err)
+}
+
+func (s *system) deleteResource(name string, policy metav1.DeletionPropagation) {
+	s.t.Helper()
+	require.NoError(s.t, s.dynamic.Resource(v1alpha1.Resource).Delete(s.t.Context(), name, metav1.DeleteOptions{PropagationPolicy: &policy}))
+}
+
+func (s *system) get(name string) *v1alpha1.ImagePullSecret {
+	s.t.Helper()
+	object, err := s.dynamic.Resource(v1alpha1.Resource).Get(s.t.Context(), name, metav1.GetOptions{})
+	require.NoError(s.t, err)
+	return typed(s.t, object)
+}
+
+func typed(t *testing.T, object *unstructured.Unstructured) *v1alpha1.ImagePullSecret {
+	t.Helper()
+	r := &v1alpha1.ImagePullSecret{}
+	require.NoError(t, runtime.DefaultUnstructuredConverter.FromUnstructured(object.Object, r))
+	return r
+}
+
+// namespace creates a namespace with labels and annotations.
+func (s *system) namespace(labels, annotations map[string]string) string {
+	s.t.Helper()
+	name := control.Namespace(s.t, labels)
+	if annotations != nil {
+		s.annotate(name, annotations)
+	}
+	return name
+}
+
+func (s *system) annotate(namespace string, annotations map[string]string) {
+	s.patchNamespace(namespace, map[string]any{"metadata": map[string]any{"annotations": annotations}})
+}
+
+// label sets labels of a namespace; a nil value removes one.
+func (s *system) label(namespace string, labels map[string]any) {
+	s.patchNamespace(namespace, map[string]any{"metadata": map[string]any{"labels": labels}})
+}
+
+func (s *system) patchNamespace(namespace string, patch any) {
+	s.t.Helper()
+	raw, err := json.Marshal(patch)
+	require.NoError(s.t, err)
+	_, err = s.core.CoreV1().Namespaces().Patch(s.t.Context(), namespace, "application/merge-patch+json", raw, metav1.PatchOptions{})
+	require.NoError(s.t, err)
+}
+
+// pod creates a Pod that is bound to a node and waits for its image.
+func (s *system) pod(namespace, nodeName string, labels, annotations map[string]string) *corev1.Pod {
+	s.t.Helper()
+	grace, automount := int64(0), false
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{GenerateName: "pod-", Namespace: namespace, Labels: labels, Annotations: annotations},
+		Spec: corev1.PodSpec{
+			NodeName: nodeName, TerminationGracePeriodSeconds: &grace, AutomountServiceAccountToken: &automount,
+			ServiceAccountName: "default",
+			Containers:         []corev1.Container{{Name: "main", Image: "registry.invalid/main"}},
+		},
+	}
+	var created *corev1.Pod
+	s.eventually(func() (err error) { // until the namespace has its ServiceAccount
+		created, err = s.core.CoreV1().Pods(namespace).Create(s.t.Context(), pod, metav1.CreateOptions{})
+		return err
+	}, "cannot create a Pod")
+	return created
+}
+
+func (s *system) deletePod(pod *corev1.Pod) {
+	s.t.Helper()
+	grace := int64(0)
+	require.NoError(s.t, s.core.CoreV1().Pods(pod.Namespace).Delete(s.t.Context(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: &grace}))
+}
+
+// secret returns a Secret, nil where there is none.
+func (s *system) secret(namespace, name string) *corev1.Secret {
+	s.t.Helper()
+	secret, err := s.core.CoreV1().Secrets(namespace).Get(s.t.Context(), name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	require.NoError(s.t, err)
+	return secret
+}
+
+// has waits until the namespace has a pull Secret for exactly these registries.
+func (s *system) has(namespace string, registries ...string) *corev1.Secret {
+	s.t.Helper()
+	return s.hasNamed(namespace, secretName, registries...)
+}
+
+func (s *system) hasNamed(namespace, name string, registries ...string) *corev1.Secret {
+	s.t.Helper()
+	slices.Sort(registries)
+	var found *corev1.Secret
+	s.eventually(func() error {
+		found = s.secret(namespace, name)
+		if found == nil {
+			return fmt.Errorf("no Secret %s/%s", namespace, name)
+		}
+		if have := registriesOf(s.t, found); !slices.Equal(have, registries) {
+			return fmt.Errorf("Secret %s/%s has registries %v, not %v", namespace, name, have, registries)
+		}
+		return nil
+	}, "the pull Secret does not come")
+	return found
+}
+
+// lacks waits until the namespace has no pull Secret.
+func (s *system) lacks(namespace string) {
+	s.t.Helper()
+	s.lacksNamed(namespace, secretName)
+}
+
+func (s *system) lacksNamed(namespace, name string) {
+	s.t.Helper()
+	s.eventually(func() error {
+		if s.secret(namespace, name) != nil {
+			return fmt.Errorf("Secret %s/%s is there", namespace, name)
+		}
+		return nil
+	}, "the pull Secret does not go")
+}
+
+func registriesOf(t *testing.T, secret *corev1.Secret) []string {
+	t.Helper()
+	var config struct {
+		Auths map[string]json.RawMessage `json:"auths"`
+	}
+	require.NoError(t, json.Unmarshal(secret.Data[corev1.DockerConfigJsonKey], &config))
+	registries := []string{}
+	for registry := range config.Auths {
+		registries = append(registries, registry)
+	}
+	slices.Sort(registries)
+	return registries
+}
+
+// becomes waits until the status of a resource passes check.
+func (s *system) becomes(name string, check func(v1alpha1.ImagePullSecretStatus) error) v1alpha1.ImagePullSecretStatus {
+	s.t.Helper()
+	var r *v1alpha1.ImagePullSecret
+	s.eventually(func() error {
+		r = s.get(name)
+		if err := check(r.Status); err != nil {
+			return fmt.Errorf("%w; status: %+v", err, r.Status)
+		}
+		return nil
+	}, "the status of %s does not come", name)
+	return r.Status
+}
+
+// ready waits for a true status that says Ready with so many namespaces.
+func (s *system) ready(name string, namespaces int) v1alpha1.ImagePullSecretStatus {
+	s.t.Helper()
+	return s.becomes(name, func(status v1alpha1.ImagePullSecretStatus) error {
+		if status.Status != v1alpha1.StatusReady || status.Namespaces == nil ||
+			status.Namespaces.Delivered != int64(namespaces) || status.Namespaces.Selected != int64(namespaces) {
+			return fmt.Errorf("not Ready with %d namespaces", namespaces)
+		}
+		return nil
+	})
+}
+
+// failed waits for a status that says Failed with a reason that holds all these texts.
+func (s *system) failed(name string, texts ...string) v1alpha1.ImagePullSecretStatus {
+	s.t.Helper()
+	return s.becomes(name, func(status v1alpha1.ImagePullSecretStatus) error {
+		if status.Status != v1alpha1.StatusFailed {
+			return fmt.Errorf("not Failed")
+		}
+		for _, text := range texts {
+			if !strings.Contains(status.Reason, text) {
+				return fmt.Errorf("the reason does not say %q", text)
+			}
+		}
+		return nil
+	})
+}
