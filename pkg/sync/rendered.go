@@ -129,10 +129,24 @@ func EncodeRendered(r Rendered) (map[string][]byte, error) {
 	return data, nil
 }
 
-// DecodeRendered decodes the data of a rendered Secret. ErrFormatVersion says that it is
-// of another version; any other error that it is not what this package wrote. No error
-// holds a piece of the data.
-func DecodeRendered(data map[string][]byte) (Rendered, error) {
+// DecodeRendered decodes a rendered Secret. ErrFormatVersion says that it is of another
+// version; any other error that it is not what this package wrote. No error holds a piece
+// of the data.
+//
+// The name must be that of the resource: agents may create Secrets of the target names in
+// every namespace, and none of these must ever pass for a rendered one.
+func DecodeRendered(secret *corev1.Secret) (Rendered, error) {
+	if secret.Type != RenderedType {
+		return Rendered{}, fmt.Errorf("rendered form: the type is not %s", RenderedType)
+	}
+	r, err := decodeRendered(secret.Data)
+	if err == nil && secret.Name != RenderedName(r.Resource.UID) {
+		return Rendered{}, errors.New("rendered form: the Secret's name is not that of the resource")
+	}
+	return r, err
+}
+
+func decodeRendered(data map[string][]byte) (Rendered, error) {
 	if version := string(data[renderedKeyVersion]); version != strconv.Itoa(FormatVersion) {
 		return Rendered{}, fmt.Errorf("%w: this build reads %d", ErrFormatVersion, FormatVersion)
 	}

@@ -44,6 +44,7 @@ const (
 // system is imps at work for one test.
 type system struct {
 	t        *testing.T
+	control  *cluster.Cluster
 	core     kubernetes.Interface
 	dynamic  dynamic.Interface
 	registry *prometheus.Registry
@@ -54,11 +55,16 @@ type system struct {
 
 func newSystem(t *testing.T) *system {
 	t.Helper()
+	return newSystemOn(t, control)
+}
+
+func newSystemOn(t *testing.T, control *cluster.Cluster) *system {
+	t.Helper()
 	core, err := kubernetes.NewForConfig(control.Admin())
 	require.NoError(t, err)
 	dyn, err := dynamic.NewForConfig(control.Admin())
 	require.NoError(t, err)
-	s := &system{t: t, core: core, dynamic: dyn, registry: prometheus.NewRegistry(), prefix: cluster.Prefix(t)}
+	s := &system{t: t, control: control, core: core, dynamic: dyn, registry: prometheus.NewRegistry(), prefix: cluster.Prefix(t)}
 	s.metrics = impsync.NewMetrics(s.registry)
 	t.Cleanup(func() {
 		s.findCanaries()
@@ -161,7 +167,7 @@ func (s *system) start(run func(context.Context) error, ready func() error) *pro
 // coordinator runs the cluster duty with the chart's identity.
 func (s *system) coordinator(change ...func(*clusterduty.Config)) *process {
 	s.t.Helper()
-	token, err := control.Token(s.t.Context(), systemNamespace, "imps-coordinator")
+	token, err := s.control.Token(s.t.Context(), systemNamespace, "imps-coordinator")
 	require.NoError(s.t, err)
 	config := clusterduty.Config{
 		Namespace: systemNamespace, RenderedNamespace: renderedNamespace,
@@ -169,7 +175,7 @@ func (s *system) coordinator(change ...func(*clusterduty.Config)) *process {
 		SourceNamespaces:  []string{sourceNamespace},
 		Identity:          cluster.Prefix(s.t),
 		DemandLinger:      linger,
-		Client:            agentConfig(token, "coordinator"),
+		Client:            s.config(token, "coordinator"),
 		Metrics:           s.metrics, Registry: prometheus.NewRegistry(), Log: logger(),
 	}
 	for _, c := range change {
@@ -193,7 +199,7 @@ func (s *system) agent(nodeName string) *process {
 	s.t.Helper()
 	a, err := nodeduty.New(nodeduty.Config{
 		NodeName: nodeName, Namespace: systemNamespace, RenderedNamespace: renderedNamespace,
-		Client:  agentConfig(s.nodeToken(nodeName), "agent/"+nodeName),
+		Client:  s.config(s.nodeToken(nodeName), "agent/"+nodeName),
 		Metrics: s.metrics, Registry: prometheus.NewRegistry(), Log: logger(),
 	})
 	require.NoError(s.t, err)
@@ -202,15 +208,15 @@ func (s *system) agent(nodeName string) *process {
 
 func (s *system) nodeToken(nodeName string) string {
 	s.t.Helper()
-	require.NoError(s.t, control.Node(s.t.Context(), nodeName))
-	token, err := control.NodeToken(s.t.Context(), systemNamespace, "imps-node", nodeName)
+	require.NoError(s.t, s.control.Node(s.t.Context(), nodeName))
+	token, err := s.control.NodeToken(s.t.Context(), systemNamespace, "imps-node", nodeName)
 	require.NoError(s.t, err)
 	return token
 }
 
-// agentConfig is a connection whose requests the audit log tells apart.
-func agentConfig(token, agent string) *rest.Config {
-	config := control.ConfigForToken(token)
+// config is a connection whose requests the audit log tells apart by their user agent.
+func (s *system) config(token, agent string) *rest.Config {
+	config := s.control.ConfigForToken(token)
 	config.UserAgent = "imps-test/" + agent
 	return config
 }
@@ -314,7 +320,7 @@ func typed(t *testing.T, object *unstructured.Unstructured) *v1alpha1.ImagePullS
 // namespace creates a namespace with labels and annotations.
 func (s *system) namespace(labels, annotations map[string]string) string {
 	s.t.Helper()
-	name := control.Namespace(s.t, labels)
+	name := s.control.Namespace(s.t, labels)
 	if annotations != nil {
 		s.annotate(name, annotations)
 	}
@@ -467,5 +473,34 @@ func (s *system) failed(name string, texts ...string) v1alpha1.ImagePullSecretSt
 			}
 		}
 		return nil
+	})
+}
+
+func base64Of(text string) string { return base64.StdEncoding.EncodeToString([]byte(text)) }
+
+// replaceKey gives KEY in a test's table a name of its own.
+func replaceKey(text, key string) string { return strings.ReplaceAll(text, "KEY", key) }
+
+// secretWrites returns the successful writes of target Secrets since mark by processes
+// whose user agent has this end.
+func (s *system) secretWrites(mark cluster.Mark, agent string) []cluster.Event {
+	s.t.Helper()
+	var writes []cluster.Event
+	for _, e := range s.requests(mark, agent) {
+		if e.Resource == "secrets" && e.Code < 300 && e.Verb != "get" && e.Verb != "list" && e.Verb != "watch" &&
+			e.Namespace != systemNamespace && e.Namespace != renderedNamespace {
+			writes = append(writes, e)
+		}
+	}
+	return writes
+}
+
+// requests returns the answered requests since mark of processes whose user agent has this end.
+func (s *system) requests(mark cluster.Mark, agent string) []cluster.Event {
+	s.t.Helper()
+	events, err := s.control.Audit().Since(mark)
+	require.NoError(s.t, err)
+	return slices.DeleteFunc(events, func(e cluster.Event) bool {
+		return e.Stage != cluster.StageComplete || !strings.HasSuffix(e.UserAgent, agent)
 	})
 }

@@ -34,7 +34,8 @@ type claim struct {
 
 	// What the status tells beside the outcomes.
 	generation int64
-	problem    error
+	problem    error // of the resource itself
+	failure    error // passing, of the API server
 	skipped    []error
 	sources    map[string]string
 	// unread: the sources have not all been read yet in this term.
@@ -139,7 +140,6 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		c = newClaim(r, published)
 		t.putClaim(c)
 	}
-	c.generation = r.Generation
 	known := c.state
 	t.mu.Unlock()
 	defer t.statusDirty(uid)
@@ -158,22 +158,62 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		return nil // the source's watch brings it back
 	}
 	selection, skipped, problem := t.validate(r)
-	t.change(func() {
-		c.state = known
-		c.sources, c.skipped, c.problem, c.unread = resolved.sources, skipped, problem, false
-	})
-	if problem != nil {
-		return nil // what was rendered before stays in force
+	var failure error
+	if problem == nil {
+		problem, failure = t.renderAndPublish(ctx, r, c, known, resolved, selection)
 	}
-	next, render, err := t.render(ctx, r, c, known, resolved)
+	if errors.Is(failure, errSuperseded) {
+		return failure
+	}
+	// All at once, and only now: no status ever tells of half a change.
+	t.change(func() {
+		if c.state == nil {
+			c.state = known
+		}
+		c.generation, c.sources, c.skipped, c.unread = r.Generation, resolved.sources, skipped, false
+		c.problem, c.failure = problem, failure
+	})
+	return failure
+}
+
+// renderAndPublish brings the resource's rendered Secret up to date. A problem is one of
+// the resource itself; what was rendered before stays in force. A failure passes.
+func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret, c *claim, known *state, resolved resolution, selection *impsync.Selection) (problem, failure error) {
+	if r.Spec.Target.Secret.Name == "" {
+		return nil, nil
+	}
+	t.mu.Lock()
+	current, minCounter := c.rendered, c.minCounter
+	t.mu.Unlock()
 	switch {
-	case errors.Is(err, errSuperseded) || apierrors.ReasonForError(err) != metav1.StatusReasonUnknown:
-		return err
-	case err != nil:
-		t.change(func() { c.problem = err })
-		return nil
-	case !render:
-		return nil
+	case current.Target.IsZero() && resolved.empty:
+		return nil, nil
+	case !current.Target.IsZero() && known.missing && resolved.incomplete:
+		// What this source gave before is only in the rendered Secret, merged: keep that.
+		return nil, nil
+	}
+	published, there := t.published(c.ref.UID)
+	counter := current.Target.Revision().Counter
+	outrun := max(published.Target.Revision().Counter, minCounter) > counter
+	if outrun {
+		// Somebody counted on: a leader after us, or one whose traces we have lost.
+		if err := t.holdsLease(ctx); err != nil {
+			return nil, err
+		}
+	}
+	config, err := resolved.config.Render()
+	if err != nil {
+		return fmt.Errorf("render the merged credentials: %w", err), nil
+	}
+	next := impsync.Rendered{Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods}
+	if next.Target, err = impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config); err != nil {
+		return err, nil
+	}
+	if !there || outrun || !next.Target.SameContent(current.Target) {
+		counter = max(counter, known.counter, published.Target.Revision().Counter, minCounter, t.highestCounter(c.ref.UID)) + 1
+		if next.Target, err = impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config); err != nil {
+			return err, nil
+		}
 	}
 	return t.publish(ctx, c, known, resolved, next, selection)
 }
@@ -201,55 +241,14 @@ func (t *term) validate(r *v1alpha1.ImagePullSecret) (*impsync.Selection, []erro
 	return selection, skipped, t.targetNameAllowed(name)
 }
 
-// render returns what the rendered Secret is to hold. It reports false where there is
-// nothing to render, or where what is there must stay.
-func (t *term) render(ctx context.Context, r *v1alpha1.ImagePullSecret, c *claim, known *state, resolved resolution) (impsync.Rendered, bool, error) {
-	if r.Spec.Target.Secret.Name == "" {
-		return impsync.Rendered{}, false, nil
-	}
-	t.mu.Lock()
-	current, minCounter := c.rendered, c.minCounter
-	t.mu.Unlock()
-	switch {
-	case current.Target.IsZero() && resolved.empty:
-		return impsync.Rendered{}, false, nil
-	case !current.Target.IsZero() && known.missing && resolved.incomplete:
-		// What this source gave before is only in the rendered Secret, merged: keep that.
-		return impsync.Rendered{}, false, nil
-	}
-	config, err := resolved.config.Render()
-	if err != nil {
-		return impsync.Rendered{}, false, fmt.Errorf("render the merged credentials: %w", err)
-	}
-	ref := impsync.RefOf(r)
-	target, err := impsync.NewTarget(ref, r.Spec.Target.Secret, current.Target.Revision().Counter, config)
-	if err != nil {
-		return impsync.Rendered{}, false, err
-	}
-	published, there := t.published(ref.UID)
-	counter := current.Target.Revision().Counter
-	outrun := max(published.Target.Revision().Counter, minCounter) > counter
-	if outrun {
-		// Somebody counted on: a leader after us, or one whose traces we have lost.
-		if err := t.holdsLease(ctx); err != nil {
-			return impsync.Rendered{}, false, err
-		}
-	}
-	if !there || outrun || !target.SameContent(current.Target) {
-		counter = max(counter, known.counter, published.Target.Revision().Counter, minCounter, t.highestCounter(ref.UID)) + 1
-		if target, err = impsync.NewTarget(ref, r.Spec.Target.Secret, counter, config); err != nil {
-			return impsync.Rendered{}, false, err
-		}
-	}
-	return impsync.Rendered{
-		Resource: ref, Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods, Target: target,
-	}, true, nil
-}
-
 // published is what the rendered Secret of a resource holds.
 func (t *term) published(uid types.UID) (impsync.Rendered, bool) {
-	r, ok := t.rendered.Get(types.NamespacedName{Namespace: t.config.RenderedNamespace, Name: impsync.RenderedName(uid)})
+	r, ok := t.rendered.Get(t.renderedKey(uid))
 	return r.rendered, ok && r.err == nil
+}
+
+func (t *term) renderedKey(uid types.UID) types.NamespacedName {
+	return types.NamespacedName{Namespace: t.config.RenderedNamespace, Name: impsync.RenderedName(uid)}
 }
 
 // highestCounter returns the highest counter of the resource on any target Secret.
@@ -271,23 +270,28 @@ func (t *term) highestCounter(uid types.UID) uint64 {
 
 // publish writes state and rendered Secret where they differ, and puts the claim in force.
 // The state goes first: its counter must never be behind that of a target.
-func (t *term) publish(ctx context.Context, c *claim, known *state, resolved resolution, next impsync.Rendered, selection *impsync.Selection) error {
+func (t *term) publish(ctx context.Context, c *claim, known *state, resolved resolution, next impsync.Rendered, selection *impsync.Selection) (problem, failure error) {
 	data, err := impsync.EncodeRendered(next)
 	if err != nil {
-		t.change(func() { c.problem = err })
-		return nil
+		return err, nil
 	}
 	remembered := state{counter: next.Target.Revision().Counter, lastGood: resolved.lastGood}
 	if !sameState(*known, remembered) {
-		if err := t.writeState(ctx, c.ref, remembered); err != nil {
-			return err
+		raw, err := encodeState(remembered)
+		if err != nil {
+			return err, nil
+		}
+		if err := t.writeState(ctx, c.ref, raw); err != nil {
+			return nil, err
 		}
 	}
 	published, there := t.published(c.ref.UID)
 	if !there || !sameRendered(published, next) {
-		if err := t.applyOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(c.ref.UID), impsync.RenderedType, c.ref, data); err != nil {
-			return err
+		written, err := t.applyOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(c.ref.UID), impsync.RenderedType, c.ref, data)
+		if err != nil {
+			return nil, err
 		}
+		t.rendered.Put(t.renderedKey(c.ref.UID), renderedOf(written))
 	}
 
 	t.mu.Lock()
@@ -295,23 +299,23 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, resolved res
 	c.state = &remembered
 	before := c.rendered
 	if t.claims[c.ref.UID] != c {
-		return nil // ended meanwhile
+		return nil, nil // ended meanwhile
 	}
 	reselected := before.Target.IsZero() || before.Target.Name() != next.Target.Name() || !before.SameSelectors(next)
 	if !reselected && before.Target.Revision() == next.Target.Revision() {
-		return nil
+		return nil, nil
 	}
 	c.setRendered(next, selection)
 	t.putClaim(c)
 	if reselected {
 		t.enqueueNamespaces(next.Target.Name())
 		t.enqueueTargetsOf(c)
-		return nil
+		return nil, nil
 	}
 	for namespace := range c.outcomes {
 		t.enqueueTarget(targetKey{namespace, next.Target.Name()})
 	}
-	return nil
+	return nil, nil
 }
 
 func sameRendered(a, b impsync.Rendered) bool {
@@ -321,7 +325,7 @@ func sameRendered(a, b impsync.Rendered) bool {
 // retire ends a resource that is gone or going: its rendered Secret first, so that no
 // agent creates anything for it any more, then its claim.
 func (t *term) retire(ctx context.Context, uid types.UID, r *v1alpha1.ImagePullSecret) error {
-	if _, ok := t.rendered.Get(types.NamespacedName{Namespace: t.config.RenderedNamespace, Name: impsync.RenderedName(uid)}); ok {
+	if _, ok := t.rendered.Get(t.renderedKey(uid)); ok {
 		if err := t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(uid)); err != nil {
 			return err
 		}

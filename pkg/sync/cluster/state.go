@@ -112,17 +112,14 @@ func (t *term) readState(ctx context.Context, uid types.UID) (state, error) {
 	return s, nil
 }
 
-func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, s state) error {
-	raw, err := encodeState(s)
-	if err != nil {
-		return err
-	}
-	return t.applyOwn(ctx, t.config.Namespace, impsync.StateName(ref.UID), impsync.StateType, ref, map[string][]byte{stateKey: raw})
+func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, raw []byte) error {
+	_, err := t.applyOwn(ctx, t.config.Namespace, impsync.StateName(ref.UID), impsync.StateType, ref, map[string][]byte{stateKey: raw})
+	return err
 }
 
 // applyOwn writes one of imps's own Secrets. It carries an owner reference to its
 // resource, so that it goes with it even where no coordinator runs.
-func (t *term) applyOwn(ctx context.Context, namespace, name string, secretType corev1.SecretType, owner impsync.ResourceRef, data map[string][]byte) error {
+func (t *term) applyOwn(ctx context.Context, namespace, name string, secretType corev1.SecretType, owner impsync.ResourceRef, data map[string][]byte) (*corev1.Secret, error) {
 	body, err := json.Marshal(map[string]any{
 		"apiVersion": "v1", "kind": "Secret",
 		"metadata": map[string]any{
@@ -134,16 +131,16 @@ func (t *term) applyOwn(ctx context.Context, namespace, name string, secretType 
 		"data": data,
 	})
 	if err != nil {
-		return fmt.Errorf("encode Secret %s", name)
+		return nil, fmt.Errorf("encode Secret %s", name)
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	force := true
-	_, err = t.core.Secrets(namespace).Patch(ctx, name, types.ApplyPatchType, body, metav1.PatchOptions{FieldManager: impsync.FieldManager, Force: &force})
+	written, err := t.core.Secrets(namespace).Patch(ctx, name, types.ApplyPatchType, body, metav1.PatchOptions{FieldManager: impsync.FieldManager, Force: &force})
 	if err != nil {
-		return fmt.Errorf("write Secret %s/%s: %w", namespace, name, err)
+		return nil, fmt.Errorf("write Secret %s/%s: %w", namespace, name, err)
 	}
-	return nil
+	return written, nil
 }
 
 func componentOf(secretType corev1.SecretType) string {

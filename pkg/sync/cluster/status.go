@@ -188,6 +188,8 @@ func (t *term) secretsReady(c *claim, s summary) metav1.Condition {
 	switch {
 	case c.problem != nil:
 		condition.Reason, condition.Message = reasonInvalid, c.problem.Error()+"; what was delivered before stays as it is"
+	case c.failure != nil:
+		condition.Reason, condition.Message = reasonFailed, "the credentials cannot be rendered, and this will be tried again: "+impsync.Explain(c.failure)
 	case len(c.skipped) > 0:
 		condition.Reason, condition.Message = reasonInvalid, errors.Join(c.skipped...).Error()+"; this selector is left out, the others are served"
 	case c.rendered.Target.IsZero() && len(c.sources) > 0:

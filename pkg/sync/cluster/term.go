@@ -176,7 +176,7 @@ func reportOf(c *corev1.ConfigMap) reportObject {
 }
 
 func renderedOf(s *corev1.Secret) renderedSecret {
-	rendered, err := impsync.DecodeRendered(s.Data)
+	rendered, err := impsync.DecodeRendered(s)
 	return renderedSecret{rendered: rendered, err: err, resourceVersion: s.ResourceVersion}
 }
 
@@ -300,8 +300,8 @@ func (t *term) begin(ctx context.Context) bool {
 	var stale []types.UID
 	var reported []string
 	renderedOf := map[types.UID]impsync.Rendered{}
-	t.rendered.Range(func(key types.NamespacedName, r renderedSecret) bool {
-		if r.err == nil && key.Name == impsync.RenderedName(r.rendered.Resource.UID) {
+	t.rendered.Range(func(_ types.NamespacedName, r renderedSecret) bool {
+		if r.err == nil {
 			renderedOf[r.rendered.Resource.UID] = r.rendered
 		}
 		return true

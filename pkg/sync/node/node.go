@@ -294,13 +294,8 @@ func isWaiting(p *corev1.Pod) bool {
 
 func convertRendered(o runtime.Object) renderedSecret {
 	s := o.(*corev1.Secret)
-	r := renderedSecret{deleting: s.DeletionTimestamp != nil}
-	if s.Type != impsync.RenderedType {
-		r.err = fmt.Errorf("type is not %s", impsync.RenderedType)
-		return r
-	}
-	r.rendered, r.err = impsync.DecodeRendered(s.Data)
-	return r
+	rendered, err := impsync.DecodeRendered(s)
+	return renderedSecret{rendered: rendered, deleting: s.DeletionTimestamp != nil, err: err}
 }
 
 func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {

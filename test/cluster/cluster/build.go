@@ -263,6 +263,9 @@ func (b *builder) compile(ctx context.Context, m module, version, source, folder
 			b.report("building %s: %d of at most %d packages compiled, %s",
 				m.names(), compiled, total, time.Since(begin).Round(time.Second))
 		case err := <-finished:
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
 			if err != nil {
 				return fmt.Errorf("%w: %s", err, count.messages())
 			}

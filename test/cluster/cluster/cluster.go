@@ -77,7 +77,9 @@ type settings struct {
 }
 
 // WithEtcd starts the etcd at path in place of the one that goes with this
-// package, for instance an old one without progress requests on watches.
+// package: for instance Debian's 3.4, on which the API server breaks off
+// streaming lists with an error, since that etcd cannot report the progress of
+// a watch.
 func WithEtcd(path string) Option {
 	return func(s *settings) { s.etcd = path }
 }

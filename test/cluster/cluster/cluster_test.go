@@ -19,6 +19,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -209,6 +210,19 @@ func TestAClusterOfItsOwn(t *testing.T) {
 		require.Error(t, c.StartEtcd(t.Context()))
 	})
 
+	t.Run("with an old etcd it breaks off streaming lists", func(t *testing.T) {
+		const variable = "CLUSTER_TEST_OLD_ETCD"
+		etcd := os.Getenv(variable)
+		if etcd == "" {
+			t.Skip(variable + " does not name an etcd 3.4, such as Debian's etcd-server")
+		}
+		c := Start(t, WithEtcd(etcd))
+		_, err := streamList(t, c.Client(), "default")
+		require.ErrorContains(t, err, "RequestWatchProgress is disabled")
+		require.NoError(t, c.StopEtcd())
+		require.NoError(t, c.StartEtcd(t.Context()))
+	})
+
 	t.Run("one that fails to start says why and leaves nothing", func(t *testing.T) {
 		temp := t.TempDir()
 		t.Setenv("TMPDIR", temp)
@@ -321,6 +335,9 @@ func streamList(t *testing.T, client kubernetes.Interface, namespace string) ([]
 	defer watcher.Stop()
 	var names []string
 	for event := range watcher.ResultChan() {
+		if event.Type == watch.Error {
+			return nil, apierrors.FromObject(event.Object)
+		}
 		object, ok := event.Object.(*corev1.ConfigMap)
 		require.True(t, ok, "%v", event)
 		if object.Annotations[metav1.InitialEventsAnnotationKey] == "true" {

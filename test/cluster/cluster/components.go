@@ -21,9 +21,12 @@ const (
 	auditLogFile      = "audit.log"
 	adminKubeconfig   = "kubeconfig"
 	managerKubeconfig = "kube-controller-manager.kubeconfig"
-	etcdSocket        = "etcd.sock"
-	etcdPeerSocket    = "etcd-peer.sock"
 	etcdData          = "etcd"
+
+	// The sockets' names look like host and port because etcd 3.4 accepts no
+	// other URLs.
+	etcdSocket     = "etcd.sock:0"
+	etcdPeerSocket = "etcd-peer.sock:0"
 )
 
 // etcdArgs has etcd listen on unix sockets only: nobody else can reach it, and

@@ -1,0 +1,392 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+// asIMPS writes a target Secret the way banzaicloud/imps does: an update with data, its
+// label, its annotation with the credentials in clear, and an owner reference.
+func (s *system) asIMPS(namespace string, owner *v1alpha1.ImagePullSecret, config []byte) *corev1.Secret {
+	s.t.Helper()
+	written, err := s.core.CoreV1().Secrets(namespace).Create(s.t.Context(), &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{
+			Name: secretName, Namespace: namespace,
+			Labels:      map[string]string{impsync.LabelOwnerUID: string(owner.UID), "from-imps": "x"},
+			Annotations: map[string]string{impsync.AnnotationLegacyApplied: "UEsDBBQ-in-clear", "note": "old"},
+			OwnerReferences: []metav1.OwnerReference{{
+				APIVersion: "images.banzaicloud.io/v1alpha1", Kind: "ImagePullSecret", Name: owner.Name, UID: owner.UID,
+			}},
+		},
+		Type: corev1.SecretTypeDockerConfigJson,
+		Data: map[string][]byte{corev1.DockerConfigJsonKey: config},
+	}, metav1.CreateOptions{FieldManager: "manager"})
+	require.NoError(s.t, err)
+	return written
+}
+
+// ours requires that a Secret is imps's in every respect, and nobody else's in any.
+func ours(t *testing.T, secret *corev1.Secret, owners ...types.UID) {
+	t.Helper()
+	require.NotContains(t, secret.Annotations, impsync.AnnotationLegacyApplied)
+	require.NotEmpty(t, secret.Annotations[impsync.AnnotationRevision])
+	require.Equal(t, string(owners[0]), secret.Labels[impsync.LabelOwnerUID])
+	var references []types.UID
+	for _, reference := range secret.OwnerReferences {
+		references = append(references, reference.UID)
+	}
+	require.ElementsMatch(t, owners, references)
+	for _, entry := range secret.ManagedFields {
+		require.Equal(t, impsync.FieldManager, entry.Manager, "nobody else owns a field of it")
+		require.Equal(t, metav1.ManagedFieldsOperationApply, entry.Operation)
+	}
+}
+
+func TestSecretsOfIMPSAreAdoptedInPlace(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	labelled, unselected := s.namespace(map[string]string{s.prefix: "yes"}, nil), s.namespace(nil, nil)
+	r := s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: "yes"}}]}`))
+	// The same content in IMPS's own form, and one of a source that has changed since.
+	was := s.asIMPS(labelled, r, []byte(`{"auths":{"registry.one":{"auth":"x","password":"x","username":"x"}}}`))
+	s.asIMPS(unselected, r, dockerConfig("registry.one"))
+	require.Equal(t, "manager", was.ManagedFields[0].Manager)
+
+	s.coordinator()
+	s.ready(s.prefix, 1)
+	secret := s.has(labelled, "registry.one")
+	require.Equal(t, was.UID, secret.UID, "in place")
+	ours(t, secret, r.UID)
+	require.Equal(t, map[string]string{impsync.LabelOwnerUID: string(r.UID)}, secret.Labels, "what the resource does not ask for went")
+	require.Contains(t, string(secret.Data[corev1.DockerConfigJsonKey]), canaryUser)
+	s.lacks(unselected)
+}
+
+func TestAForeignSecretIsNeverTouched(t *testing.T) {
+	config := dockerConfig("registry.one")
+	for name, change := range map[string]func(*corev1.Secret){
+		"with other content": func(secret *corev1.Secret) {
+			secret.Data[corev1.DockerConfigJsonKey] = dockerConfig("registry.other")
+		},
+		"with the very same content": func(*corev1.Secret) {},
+		"of another type": func(secret *corev1.Secret) {
+			secret.Type, secret.Data = corev1.SecretTypeOpaque, map[string][]byte{"key": []byte("value")}
+		},
+		"with our label copied by a user": func(secret *corev1.Secret) {
+			secret.Labels = map[string]string{impsync.LabelOwnerUID: "0a1b"}
+		},
+		"immutable": func(secret *corev1.Secret) {
+			yes := true
+			secret.Immutable = &yes
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSystem(t)
+			s.source("hub", config)
+			foreign, free := s.namespace(nil, nil), s.namespace(nil, nil)
+			secret := &corev1.Secret{
+				ObjectMeta: metav1.ObjectMeta{Name: secretName, Namespace: foreign},
+				Type:       corev1.SecretTypeDockerConfigJson,
+				Data:       map[string][]byte{corev1.DockerConfigJsonKey: rendered(t)},
+			}
+			change(secret)
+			was := s.writeSecret(secret)
+			s.coordinator()
+			s.agent("node-a")
+			s.resource(s.prefix, spec(`  namespaces: {names: [`+foreign+`, `+free+`]}`))
+			s.has(free, "registry.one") // the other namespace is served all the same (K13)
+			status := s.failed(s.prefix, foreign, "not imps's")
+			require.Equal(t, []string{free}, status.ManagedNamespaces)
+			s.pod(foreign, "node-a", nil, nil)
+			barrier := s.namespace(nil, nil)
+			s.change(s.prefix, `spec: {target: {namespaces: {names: [`+foreign+`, `+free+`, `+barrier+`]}}}`)
+			s.pod(barrier, "node-a", nil, nil)
+			s.has(barrier, "registry.one")
+			require.Equal(t, was.ResourceVersion, s.secret(foreign, secretName).ResourceVersion, "not a byte of it was written")
+			s.eventually(func() error { return s.event(s.prefix, corev1.EventTypeWarning, "SecretReconciliationError", foreign) }, "no Event")
+
+			// Taken up when it is gone.
+			require.NoError(t, s.core.CoreV1().Secrets(foreign).Delete(t.Context(), secretName, metav1.DeleteOptions{}))
+			s.has(foreign, "registry.one")
+			s.ready(s.prefix, 3)
+		})
+	}
+}
+
+// rendered is dockerConfig("registry.one") byte for byte as imps renders it.
+func rendered(t *testing.T) []byte {
+	t.Helper()
+	return fmt.Appendf(nil, `{"auths":{"registry.one":{"username":%q,"password":%q,"auth":%q}}}`,
+		canaryUser, canaryPassword, base64Of(canaryUser+":"+canaryPassword))
+}
+
+// event returns an error where there is no Event about a resource with this text.
+func (s *system) event(resource, eventType, reason, text string) error {
+	events, err := s.core.CoreV1().Events("default").List(s.t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.name=" + resource})
+	if err != nil {
+		return err
+	}
+	for _, e := range events.Items {
+		if e.Type == eventType && e.Reason == reason && strings.Contains(e.Message, text) {
+			return nil
+		}
+	}
+	return fmt.Errorf("no %s %s about %s with %q among %d Events", eventType, reason, resource, text, len(events.Items))
+}
+
+// restore puts a Secret back as a backup tool does: the same content without the server's
+// own metadata.
+func (s *system) restore(secret *corev1.Secret, namespace string) *corev1.Secret {
+	s.t.Helper()
+	copied := &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{
+			Name: secret.Name, Namespace: namespace, Labels: secret.Labels, Annotations: secret.Annotations,
+		},
+		Type: secret.Type, Data: secret.Data,
+	}
+	created, err := s.core.CoreV1().Secrets(namespace).Create(s.t.Context(), copied, metav1.CreateOptions{FieldManager: "backup"})
+	require.NoError(s.t, err)
+	return created
+}
+
+func TestARestoredSecretIsAdoptedWhereSelectedAndLeftWhereNot(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	selected, other := s.namespace(nil, nil), s.namespace(nil, nil)
+	c := s.coordinator()
+	r := s.resource(s.prefix, spec(`  namespaces: {names: [`+selected+`]}`))
+	was := s.has(selected, "registry.one")
+	c.stop()
+	require.NoError(t, s.core.CoreV1().Secrets(selected).Delete(t.Context(), secretName, metav1.DeleteOptions{}))
+	restored := s.restore(was, selected)
+	copied := s.restore(was, other)
+
+	s.coordinator()
+	s.eventually(func() error {
+		if secret := s.secret(selected, secretName); len(secret.OwnerReferences) == 0 {
+			return fmt.Errorf("not adopted yet")
+		}
+		return nil
+	}, "the restored Secret is not adopted")
+	secret := s.has(selected, "registry.one")
+	require.Equal(t, restored.UID, secret.UID)
+	require.Equal(t, []metav1.OwnerReference{{APIVersion: "images.banzaicloud.io/v1alpha1", Kind: "ImagePullSecret", Name: r.Name, UID: r.UID}}, secret.OwnerReferences)
+	s.ready(s.prefix, 1)
+	require.Equal(t, copied.ResourceVersion, s.secret(other, secretName).ResourceVersion, "a copy that nothing selects is a user's")
+
+	// A rotation reaches it like any other.
+	s.source("hub", dockerConfig("registry.one", "registry.two"))
+	require.Equal(t, restored.UID, s.has(selected, "registry.one", "registry.two").UID)
+}
+
+func TestClearedManagedFieldsAreHealed(t *testing.T) {
+	for name, value := range map[string]string{"with an empty entry": `[{}]`, "with an empty list": `[]`} {
+		t.Run(name, func(t *testing.T) {
+			s := newSystem(t)
+			s.source("hub", dockerConfig("registry.one"))
+			namespace := s.namespace(nil, nil)
+			s.coordinator()
+			r := s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+			was := s.has(namespace, "registry.one")
+			s.ready(s.prefix, 1)
+			_, err := s.core.CoreV1().Secrets(namespace).Patch(t.Context(), secretName, types.MergePatchType,
+				[]byte(`{"metadata":{"managedFields":`+value+`}}`), metav1.PatchOptions{})
+			require.NoError(t, err)
+			s.source("hub", dockerConfig("registry.one", "registry.two"))
+			secret := s.has(namespace, "registry.one", "registry.two")
+			require.Equal(t, was.UID, secret.UID)
+			ours(t, secret, r.UID)
+			s.ready(s.prefix, 1)
+		})
+	}
+}
+
+// B18: what a user changes is put back at once, and no more than that.
+func TestAnEditedSecretIsRepairedInPlace(t *testing.T) {
+	for name, patch := range map[string]string{
+		"data":             `{"data":{".dockerconfigjson":"e30="}}`,
+		"data removed":     `{"data":{".dockerconfigjson":null},"stringData":{".dockerconfigjson":"{}"}}`,
+		"revision":         `{"metadata":{"annotations":{"images.banzaicloud.io/revision":"x.99999"}}}`,
+		"revision removed": `{"metadata":{"annotations":{"images.banzaicloud.io/revision":null}}}`,
+		"owner":            `{"metadata":{"ownerReferences":null}}`,
+		"a label of ours":  `{"metadata":{"labels":{"team":"b"}}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSystem(t)
+			s.source("hub", dockerConfig("registry.one"))
+			namespace := s.namespace(nil, nil)
+			s.coordinator()
+			s.resource(s.prefix, `
+target: {secret: {name: `+secretName+`, labels: {team: a}}, namespaces: {names: [`+namespace+`]}}
+registry: {credentials: [{name: hub, namespace: registry-access}]}`)
+			was := s.has(namespace, "registry.one")
+			s.ready(s.prefix, 1)
+			mark := control.Audit().Mark()
+			edited, err := s.core.CoreV1().Secrets(namespace).Patch(t.Context(), secretName, types.MergePatchType,
+				[]byte(patch), metav1.PatchOptions{FieldManager: "a-user"})
+			require.NoError(t, err)
+			require.NotEqual(t, was.ResourceVersion, edited.ResourceVersion)
+			s.eventually(func() error {
+				now := s.secret(namespace, secretName)
+				for what, same := range map[string]bool{
+					"data":        string(now.Data[corev1.DockerConfigJsonKey]) == string(was.Data[corev1.DockerConfigJsonKey]),
+					"owner":       len(now.OwnerReferences) == 1 && now.OwnerReferences[0].UID == was.OwnerReferences[0].UID,
+					"labels":      fmt.Sprint(now.Labels) == fmt.Sprint(was.Labels),
+					"annotations": fmt.Sprint(now.Annotations) == fmt.Sprint(was.Annotations),
+					"UID":         now.UID == was.UID,
+				} {
+					if !same {
+						return fmt.Errorf("its %s is not what it was", what)
+					}
+				}
+				return nil
+			}, "the Secret is not repaired")
+			s.ready(s.prefix, 1)
+			require.Len(t, s.secretWrites(mark, "coordinator"), 1, "one write repairs it")
+		})
+	}
+	t.Run("a user's own label and annotation stay", func(t *testing.T) {
+		s := newSystem(t)
+		s.source("hub", dockerConfig("registry.one"))
+		namespace := s.namespace(nil, nil)
+		s.coordinator()
+		s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+		s.has(namespace, "registry.one")
+		_, err := s.core.CoreV1().Secrets(namespace).Patch(t.Context(), secretName, types.MergePatchType,
+			[]byte(`{"metadata":{"labels":{"mine":"x"},"annotations":{"mine":"y"}}}`), metav1.PatchOptions{FieldManager: "a-user"})
+		require.NoError(t, err)
+		s.source("hub", dockerConfig("registry.one", "registry.two"))
+		secret := s.has(namespace, "registry.one", "registry.two")
+		require.Equal(t, "x", secret.Labels["mine"])
+		require.Equal(t, "y", secret.Annotations["mine"])
+	})
+	t.Run("deleted, it comes back", func(t *testing.T) {
+		s := newSystem(t)
+		s.source("hub", dockerConfig("registry.one"))
+		namespace := s.namespace(nil, nil)
+		s.coordinator()
+		s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+		was := s.has(namespace, "registry.one")
+		require.NoError(t, s.core.CoreV1().Secrets(namespace).Delete(t.Context(), secretName, metav1.DeleteOptions{}))
+		s.eventually(func() error {
+			if now := s.secret(namespace, secretName); now == nil || now.UID == was.UID {
+				return fmt.Errorf("not there")
+			}
+			return nil
+		}, "the Secret does not come back")
+	})
+	t.Run("its label removed, it is the user's", func(t *testing.T) {
+		s := newSystem(t)
+		s.source("hub", dockerConfig("registry.one"))
+		namespace := s.namespace(nil, nil)
+		s.coordinator()
+		s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+		s.has(namespace, "registry.one")
+		_, err := s.core.CoreV1().Secrets(namespace).Patch(t.Context(), secretName, types.MergePatchType,
+			[]byte(`{"metadata":{"labels":{"`+impsync.LabelOwnerUID+`":null}}}`), metav1.PatchOptions{FieldManager: "a-user"})
+		require.NoError(t, err)
+		s.failed(s.prefix, namespace, "not imps's")
+	})
+}
+
+func TestTheOlderOfTwoResourcesWinsATargetAndHandsItOver(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.source("second", dockerConfig("registry.two"))
+	shared, own := s.namespace(nil, nil), s.namespace(nil, nil)
+	s.coordinator()
+	// Two that are made in one second are ordered by their names.
+	older := s.resource(s.prefix+"-a", spec(`  namespaces: {names: [`+shared+`]}`))
+	was := s.has(shared, "registry.one")
+	younger := s.resource(s.prefix+"-b", `
+target: {secret: {name: `+secretName+`}, namespaces: {names: [`+shared+`, `+own+`]}}
+registry: {credentials: [{name: second, namespace: registry-access}]}`)
+	s.has(own, "registry.two")
+	status := s.failed(younger.Name, shared, "the older ImagePullSecret "+older.Name)
+	require.Equal(t, []string{own}, status.ManagedNamespaces)
+	s.ready(older.Name, 1)
+	s.eventually(func() error {
+		if n := len(s.secret(shared, secretName).OwnerReferences); n != 2 {
+			return fmt.Errorf("%d owner references", n)
+		}
+		return nil
+	}, "the Secret does not name both claimants as owners")
+	secret := s.has(shared, "registry.one")
+	ours(t, secret, older.UID, younger.UID)
+
+	s.deleteResource(older.Name, metav1.DeletePropagationBackground)
+	secret = s.has(shared, "registry.two")
+	require.Equal(t, was.UID, secret.UID, "handed over in place")
+	s.ready(younger.Name, 2)
+	s.eventually(func() error {
+		secret = s.secret(shared, secretName)
+		if n := len(secret.OwnerReferences); n != 1 {
+			return fmt.Errorf("%d owner references", n)
+		}
+		return nil
+	}, "the dead claimant stays an owner")
+	ours(t, secret, younger.UID)
+	s.has(own, "registry.two")
+}
+
+func TestALoserThatGoesTakesNothingWithIt(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	namespace := s.namespace(nil, nil)
+	s.coordinator()
+	older := s.resource(s.prefix+"-a", spec(`  namespaces: {names: [`+namespace+`]}`))
+	was := s.has(namespace, "registry.one")
+	younger := s.resource(s.prefix+"-b", spec(`  namespaces: {names: [`+namespace+`]}`))
+	s.failed(younger.Name, namespace)
+	s.change(younger.Name, `spec: {target: {namespaces: {names: []}}}`)
+	s.ready(younger.Name, 0)
+	s.eventually(func() error {
+		if n := len(s.secret(namespace, secretName).OwnerReferences); n != 1 {
+			return fmt.Errorf("%d owner references", n)
+		}
+		return nil
+	}, "one that claims it no longer stays an owner")
+	secret := s.has(namespace, "registry.one")
+	require.Equal(t, was.UID, secret.UID)
+	ours(t, secret, older.UID)
+}
+
+func TestAnOrphanedSecretStaysAndIsAdoptedAnew(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	namespace := s.namespace(nil, nil)
+	s.coordinator()
+	first := s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+	was := s.has(namespace, "registry.one")
+	s.ready(s.prefix, 1)
+	s.deleteResource(s.prefix, metav1.DeletePropagationOrphan)
+	s.eventually(func() error {
+		if s.secret(renderedNamespace, impsync.RenderedName(first.UID)) != nil {
+			return fmt.Errorf("its rendered Secret is there")
+		}
+		if _, err := s.dynamic.Resource(v1alpha1.Resource).Get(t.Context(), s.prefix, metav1.GetOptions{}); err == nil {
+			return fmt.Errorf("the resource is there")
+		}
+		return nil
+	}, "the resource does not go")
+	require.Equal(t, was.UID, s.has(namespace, "registry.one").UID)
+
+	second := s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+	s.ready(s.prefix, 1)
+	secret := s.has(namespace, "registry.one")
+	require.Equal(t, was.UID, secret.UID)
+	ours(t, secret, second.UID)
+	raw, err := json.Marshal(secret.ManagedFields)
+	require.NoError(t, err)
+	require.NotContains(t, string(raw), string(first.UID))
+}
