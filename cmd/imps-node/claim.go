@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
-	"sync"
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -43,12 +42,10 @@ type boundDuty struct {
 }
 
 func (d *boundDuty) Run(ctx context.Context) error {
-	node, err := d.awaitClaim(ctx)
+	node, answered := d.awaitClaim(ctx)
 	switch {
-	case ctx.Err() != nil:
+	case !answered:
 		return nil
-	case err != nil:
-		return err
 	case node == "":
 		d.log.Debug("the token is bound to no node, so that the node's name cannot be checked", "node", d.node)
 	case node != d.node:
@@ -57,20 +54,25 @@ func (d *boundDuty) Run(ctx context.Context) error {
 	return d.duty.Run(ctx)
 }
 
-// awaitClaim asks until it gets an answer: a node agent must not depend on the API server
-// to stay up.
-func (d *boundDuty) awaitClaim(ctx context.Context) (node string, err error) {
+// awaitClaim asks until it gets an answer, or ctx ends: an agent stays up without an API
+// server.
+func (d *boundDuty) awaitClaim(ctx context.Context) (node string, answered bool) {
 	backoff := wait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Jitter: 0.2, Cap: 30 * time.Second, Steps: math.MaxInt}
-	warn := sync.OnceFunc(func() {
-		d.log.Warn("cannot ask the API server which node the token is bound to, trying again until it answers", "error", impsync.Explain(err))
-	})
-	err = backoff.DelayFunc().Until(ctx, true, true, func(ctx context.Context) (bool, error) {
-		if node, err = d.claim(ctx); err != nil {
-			warn()
+	failed := false
+	_ = backoff.DelayFunc().Until(ctx, true, true, func(ctx context.Context) (bool, error) {
+		var err error
+		node, err = d.claim(ctx)
+		answered = err == nil
+		switch {
+		case !answered && !failed && ctx.Err() == nil:
+			failed = true
+			d.log.Warn("cannot ask the API server which node the token is bound to, trying again until it answers", "error", impsync.Explain(err))
+		case answered && failed:
+			d.log.Info("the API server answers again")
 		}
-		return err == nil, nil
-	})
-	return node, err
+		return answered, nil
+	}) // its error says that ctx has ended
+	return node, answered
 }
 
 // claimOf returns the question for the node of the client's own token.

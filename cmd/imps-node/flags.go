@@ -104,7 +104,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.renderedNamespace, "rendered-namespace", "imps-rendered", "`namespace` of the rendered Secrets, and of nothing else")
 	flags.StringVar(&s.kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server; empty: as a Pod of the cluster does")
 	s.limits.register(flags)
-	flags.Float32Var(&s.kubeAPIQPS, "kube-api-qps", 0, "requests a `second` to the API server; 0: no limit but the server's own")
+	flags.Float32Var(&s.kubeAPIQPS, "kube-api-qps", 0, "`number` of requests a second to the API server; 0: no limit but the server's own")
 	flags.StringVar(&s.metricsAddr, "metrics-addr", "127.0.0.1:9464", "`address` of /metrics; 0: none")
 	flags.StringVar(&s.healthAddr, "health-addr", ":9465", "`address` of /healthz and /readyz; 0: none")
 	flags.StringVar(&s.logLevel, "log-level", levelInfo, "`level`: debug, info, warn or error")
@@ -201,24 +201,26 @@ func environmentOf(flag string) []string {
 	return names
 }
 
-// describeEnvironment adds to the help of each flag which variables set it.
-func describeEnvironment(flags *pflag.FlagSet) {
+// environmentKey is the annotation of a flag that holds the variables that set it.
+const environmentKey = "environment"
+
+// bindEnvironment lets the environment set these flags, and says so in their help.
+func bindEnvironment(flags *pflag.FlagSet) {
 	flags.VisitAll(func(f *pflag.Flag) {
-		f.Usage += " [" + strings.Join(environmentOf(f.Name), ", ") + "]"
+		names := environmentOf(f.Name)
+		f.Annotations = map[string][]string{environmentKey: names}
+		f.Usage += " [" + strings.Join(names, ", ") + "]"
 	})
 }
 
-// applyEnvironment sets the flags that the command line does not give from the
-// environment. An empty variable counts as one that is not there.
+// applyEnvironment sets the flags that the command line does not give. An empty variable
+// counts as one that is not there.
 func applyEnvironment(flags *pflag.FlagSet, getenv func(string) string) error {
 	var errs []error
 	flags.VisitAll(func(f *pflag.Flag) {
-		if f.Changed {
-			return
-		}
-		for _, name := range environmentOf(f.Name) {
+		for _, name := range f.Annotations[environmentKey] {
 			value := getenv(name)
-			if value == "" {
+			if f.Changed || value == "" {
 				continue
 			}
 			if err := f.Value.Set(value); err != nil {

@@ -41,11 +41,11 @@ func newLogger(w io.Writer, level, format string) *slog.Logger {
 //
 // client-go logs requests and their bodies, which hold credentials, from verbosity 6 on.
 // It never gets there: debug is 4, slog's own number for it, and nothing is above.
-func takeOverLogs(log *slog.Logger) {
+func takeOverLogs(log *slog.Logger, level string) {
 	slog.SetDefault(log)
 	klog.SetSlogLogger(log)
 	verbosity := 0
-	if log.Enabled(context.Background(), slog.LevelDebug) {
+	if level == levelDebug {
 		verbosity = -int(slog.LevelDebug)
 	}
 	_ = new(klog.Level).Set(strconv.Itoa(verbosity)) // the only way to set it; it fails for what is no number

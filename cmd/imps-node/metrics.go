@@ -23,9 +23,17 @@ func newRegistry() *prometheus.Registry {
 	return registry
 }
 
-// instrumentClientGo has client-go count its requests and queues, under the names that
-// the components of Kubernetes use. client-go takes the first call of a process only.
+// instrumentClientGo has client-go count its requests and queues. client-go takes the
+// first call of a process only.
 func instrumentClientGo(registry prometheus.Registerer) {
+	requests, queues := newClientGoMetrics(registry)
+	clientmetrics.Register(clientmetrics.RegisterOpts{RequestLatency: requests, RequestResult: requests})
+	workqueue.SetProvider(queues)
+}
+
+// newClientGoMetrics registers what client-go counts, under the names that the components
+// of Kubernetes use.
+func newClientGoMetrics(registry prometheus.Registerer) (requestMetrics, queueMetrics) {
 	seconds := []float64{.001, .01, .1, 1, 10, 60}
 	requests := requestMetrics{
 		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
@@ -62,8 +70,7 @@ func instrumentClientGo(registry prometheus.Registerer) {
 	}
 	registry.MustRegister(requests.latency, requests.results,
 		queues.depth, queues.adds, queues.latency, queues.work, queues.unfinished, queues.longest, queues.retries)
-	clientmetrics.Register(clientmetrics.RegisterOpts{RequestLatency: requests, RequestResult: requests})
-	workqueue.SetProvider(queues)
+	return requests, queues
 }
 
 // requestMetrics is client-go's LatencyMetric and ResultMetric. No label holds a URL:

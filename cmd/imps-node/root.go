@@ -56,5 +56,5 @@ func oneOf(flag, value string, values ...string) error {
 	if slices.Contains(values, value) {
 		return nil
 	}
-	return fmt.Errorf("--%s: %q is none of them: use %s", flag, value, strings.Join(values, ", "))
+	return fmt.Errorf("--%s: %q is not known: use %s", flag, value, strings.Join(values, ", "))
 }

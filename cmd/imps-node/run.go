@@ -43,27 +43,28 @@ the environment, and the environment over the default.`,
   imps-node run --duties=node,cluster --node-name=kind-worker --kubeconfig="$HOME/.kube/config" --log-format=text`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := applyEnvironment(cmd.LocalNonPersistentFlags(), getenv); err != nil {
+			if err := applyEnvironment(cmd.Flags(), getenv); err != nil {
 				return usageError(cmd, err)
 			}
 			if err := s.validate(); err != nil {
 				return usageError(cmd, err)
 			}
-			log := newLogger(cmd.ErrOrStderr(), s.logLevel, s.logFormat)
-			takeOverLogs(log)
-			return runDuties(cmd.Context(), s, log)
+			return s.run(cmd)
 		},
 	}
 	s.register(cmd.Flags())
-	describeEnvironment(cmd.Flags())
+	bindEnvironment(cmd.Flags())
 	completeValues(cmd, "duties", dutyNode, dutyCluster, dutyNode+","+dutyCluster)
 	completeValues(cmd, "log-level", levels()...)
 	completeValues(cmd, "log-format", formatJSON, formatText)
 	return cmd
 }
 
-// runDuties wires everything up and runs it until ctx ends.
-func runDuties(ctx context.Context, s *settings, log *slog.Logger) error {
+// run wires everything up and runs it until the command's context ends.
+func (s *settings) run(cmd *cobra.Command) error {
+	ctx := cmd.Context()
+	log := newLogger(cmd.ErrOrStderr(), s.logLevel, s.logFormat)
+	takeOverLogs(log, s.logLevel)
 	client, err := runClient(s.kubeconfig, s.kubeAPIQPS, s.duties.String())
 	if err != nil {
 		return err
@@ -84,7 +85,7 @@ func runDuties(ctx context.Context, s *settings, log *slog.Logger) error {
 	}
 	log.Info("starting", "version", version, "duties", s.duties.String(), "nodeName", s.nodeName,
 		"namespace", s.namespace, "renderedNamespace", s.renderedNamespace,
-		"apiServer", client.Host, "kubeAPIQPS", s.kubeAPIQPS,
+		"apiServer", client.Host[strings.LastIndexByte(client.Host, '@')+1:], "kubeApiQps", s.kubeAPIQPS,
 		"targetSecretNames", s.targetSecretNames.String(), "sourceNamespaces", s.sourceNamespaces.String(),
 		"excludedNamespaces", s.excludedNamespaces.String(),
 		"metricsAddr", metrics.address(), "healthAddr", health.address(),

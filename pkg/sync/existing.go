@@ -224,8 +224,8 @@ func AdoptionPatch(m *metav1.PartialObjectMetadata) ([]byte, error) {
 	for i := range m.OwnerReferences {
 		ours.Insert(fieldpath.MakePathOrDie("metadata", "ownerReferences", fieldpath.KeyByFields("uid", string(m.OwnerReferences[i].UID))))
 	}
-	// Only leaves: a parent such as f:labels would make the apply remove a user's labels.
-	ours = ours.Difference(fieldpath.NewSet(legacyField)).Leaves()
+	// Only leaves, as an apply has them: a parent such as f:labels is no field of ours.
+	ours = ours.Leaves().Difference(fieldpath.NewSet(legacyField))
 	raw, err := ours.ToJSON()
 	if err != nil {
 		return nil, fmt.Errorf("encode managedFields: %w", err)

@@ -46,17 +46,17 @@ type Revision struct {
 // String returns "<uid>.<counter>", the value of AnnotationRevision.
 func (r Revision) String() string { return string(r.UID) + "." + strconv.FormatUint(r.Counter, 10) }
 
-// ParseRevision parses what String returns.
+var errRevision = errors.New("revision is not <uid>.<counter>")
+
+// ParseRevision parses what String returns, and nothing else. The error does not quote it.
 func ParseRevision(s string) (Revision, error) {
-	uid, counter, ok := strings.Cut(s, ".")
-	if !ok || uid == "" {
-		return Revision{}, fmt.Errorf("revision %q is not <uid>.<counter>", s)
-	}
+	uid, counter, _ := strings.Cut(s, ".")
 	n, err := strconv.ParseUint(counter, 10, 63) // room to count on
-	if err != nil {
-		return Revision{}, fmt.Errorf("revision %q is not <uid>.<counter>", s)
+	r := Revision{UID: types.UID(uid), Counter: n}
+	if err != nil || uid == "" || r.String() != s {
+		return Revision{}, errRevision
 	}
-	return Revision{UID: types.UID(uid), Counter: n}, nil
+	return r, nil
 }
 
 // ResourceRef identifies an ImagePullSecret, and orders those that claim one target.
@@ -278,11 +278,23 @@ func (t Target) SameContent(other Target) bool {
 	if t.revision.UID != other.revision.UID || t.name != other.name {
 		return false
 	}
-	// The counter stands in the annotation only, which holds nothing else.
+	// The counter stands in the annotation only, which holds nothing else. A label of the
+	// same text comes before it; what follows it are references and base64.
 	strip := func(t Target) string {
-		return strings.Replace(t.body.Reveal(), strconv.Quote(t.revision.String()), `""`, 1)
+		body, annotation := t.body.Reveal(), `"`+AnnotationRevision+`":"`
+		before, after := cutLast(body, annotation+t.revision.String()+`"`)
+		return before + annotation + `"` + after
 	}
 	return strip(t) == strip(other)
+}
+
+// cutLast slices s around the last instance of sep.
+func cutLast(s, sep string) (before, after string) {
+	i := strings.LastIndex(s, sep)
+	if i < 0 {
+		return s, ""
+	}
+	return s[:i], s[i+len(sep):]
 }
 
 // WithOwners returns the target with one owner reference for each of these resources.

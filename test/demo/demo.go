@@ -23,6 +23,7 @@ const (
 type demo struct {
 	printer
 	keep    bool // leave everything running until Ctrl-C
+	waiting bool // for that Ctrl-C
 	patient bool // also wait for what takes a minute by design
 
 	begin     time.Time
@@ -33,10 +34,12 @@ type demo struct {
 	processes []*process
 	died      context.CancelCauseFunc // ends the run when a process ends on its own
 
-	passwords passwords
+	passwords passwords // the current ones
+	used      []string  // all that there ever were
 	watcher   *watcher
 	mark      cluster.Mark // the audit log before the first trigger
-	served    []*subject   // the namespaces that are to have the Secret
+	served    []*subject   // the namespaces that have the Secret
+	foreignAt string       // the resourceVersion of the Secret that is not imps's
 	checks    []check
 }
 
@@ -54,7 +57,7 @@ func (d *demo) steps() []step {
 		{"Namespaces are deselected", d.prune},
 	}
 	if d.keep {
-		return append(steps, step{"Yours to try", d.wait})
+		return append(steps, step{"What it took", d.account}, step{"Yours to try", d.wait})
 	}
 	return append(steps, step{"The resource is deleted", d.remove}, step{"What it took", d.account})
 }
@@ -83,6 +86,8 @@ func (d *demo) play(signalled context.Context) int {
 	}
 	interrupted := err != nil && signalled.Err() != nil
 	switch {
+	case interrupted && d.waiting: // for just that
+		interrupted = false
 	case interrupted:
 		d.say("\nInterrupted: cleaning up.")
 	case err != nil:

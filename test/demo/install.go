@@ -71,15 +71,22 @@ func output(ctx context.Context, folder, program string, args ...string) (string
 	return strings.TrimSpace(string(out)), nil
 }
 
-// The registries, each with a source Secret. The names end in the domain that is reserved for tests.
+// The registries, each with a source Secret; their names end in the domain that is reserved for tests.
 const (
-	hub = "hub.test"
-	git = "git.test"
+	hub  = "hub.test"
+	git  = "git.test"
+	user = "robot"
 )
 
-// passwords are the current ones, by registry. They are random, so that they can be looked for where
-// they must not be.
+// passwords are passwords by registry.
 type passwords map[string]string
+
+// newPassword changes the password for a registry. It is random, so that it can be looked for where
+// it must not be.
+func (d *demo) newPassword(registry string) {
+	d.passwords[registry] = rand.Text()
+	d.used = append(d.used, d.passwords[registry])
+}
 
 // resource is what the demo is about; the audience sees it.
 const resource = `apiVersion: images.banzaicloud.io/v1alpha1
@@ -114,7 +121,7 @@ var (
 func (d *demo) create(ctx context.Context) error {
 	d.passwords = passwords{}
 	for _, registry := range []string{hub, git} {
-		d.passwords[registry] = rand.Text()
+		d.newPassword(registry)
 		source := d.source(registry)
 		if _, err := d.client.CoreV1().Secrets(sourceNamespace).Create(ctx, source, metav1.CreateOptions{}); err != nil {
 			return fmt.Errorf("create source %s: %w", source.Name, err)
@@ -130,7 +137,7 @@ func (d *demo) create(ctx context.Context) error {
 // source returns a Secret with the current credentials for a registry, named after it.
 func (d *demo) source(registry string) *corev1.Secret {
 	config, err := json.Marshal(map[string]any{"auths": map[string]any{
-		registry: map[string]string{"username": "robot", "password": d.passwords[registry]},
+		registry: map[string]string{"username": user, "password": d.passwords[registry]},
 	}})
 	if err != nil {
 		panic(err) // strings in maps

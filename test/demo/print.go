@@ -87,6 +87,9 @@ func (d *demo) check(name string, want, seen any) {
 	d.checks = append(d.checks, c)
 }
 
+// ok notes something that was waited for and came.
+func (d *demo) ok(name string) { d.check(name, true, true) }
+
 func (d *demo) failed(c check) {
 	d.checks = append(d.checks, c)
 	d.say("   FAILED: %s", c.name)

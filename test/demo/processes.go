@@ -53,7 +53,7 @@ func (d *demo) start(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := d.run(ctx, "coordinator", token, deployment.Spec.Template.Spec.Containers[0].Args); err != nil {
+	if err := d.launch(ctx, "coordinator", token, deployment.Spec.Template.Spec.Containers[0].Args); err != nil {
 		return err
 	}
 	d.say("   coordinator   ServiceAccount %s", deployment.Spec.Template.Spec.ServiceAccountName)
@@ -73,7 +73,7 @@ func (d *demo) start(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := d.run(ctx, "agent-"+node, token, daemonSet.Spec.Template.Spec.Containers[0].Args, "NODE_NAME="+node); err != nil {
+		if err := d.launch(ctx, "agent-"+node, token, daemonSet.Spec.Template.Spec.Containers[0].Args, "NODE_NAME="+node); err != nil {
 			return err
 		}
 		d.say("   agent-%s  ServiceAccount %s, its token bound to a Pod on %s", node, daemonSet.Spec.Template.Spec.ServiceAccountName, node)
@@ -82,8 +82,8 @@ func (d *demo) start(ctx context.Context) error {
 	return nil
 }
 
-// run starts an imps-node as a container of the chart would be, and waits until it is ready.
-func (d *demo) run(ctx context.Context, name, token string, args []string, env ...string) error {
+// launch starts an imps-node as a container of the chart would be, and waits until it is ready.
+func (d *demo) launch(ctx context.Context, name, token string, args []string, env ...string) error {
 	kubeconfig := filepath.Join(d.dir, name+".kubeconfig")
 	if err := d.control.WriteKubeconfig(kubeconfig, d.control.ConfigForToken(token)); err != nil {
 		return err
@@ -99,7 +99,7 @@ func (d *demo) run(ctx context.Context, name, token string, args []string, env .
 	lifetime, stop := context.WithCancel(context.WithoutCancel(ctx))
 	p.stop = stop
 	// Ports that are free; the log says which.
-	args = append(args, "--kubeconfig="+kubeconfig, "--metrics-addr=127.0.0.1:0", "--health-addr=127.0.0.1:0", "--log-format=text")
+	args = append(args, "--kubeconfig="+kubeconfig, "--metrics-addr=127.0.0.1:0", "--health-addr=localhost:0", "--log-format=text")
 	p.cmd = exec.CommandContext(lifetime, d.binary, args...) //nolint:gosec // the binary that was just built
 	p.cmd.Dir = d.dir
 	p.cmd.Stdout, p.cmd.Stderr = log, log

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -77,13 +78,14 @@ func (w *watcher) await(ctx context.Context, namespace, what string, match func(
 	ctx, cancel := context.WithTimeoutCause(ctx, within, fmt.Errorf("not within %s", within))
 	defer cancel()
 	for {
+		// First this, so that nothing is missed that comes after the look.
+		w.mu.Lock()
+		news, err := w.news, w.err
+		w.mu.Unlock()
 		seen := w.in(namespace)
 		if i := slices.IndexFunc(seen, match); i >= 0 {
 			return seen[i], nil
 		}
-		w.mu.Lock()
-		news, err := w.news, w.err
-		w.mu.Unlock()
 		if err != nil {
 			return sighting{}, err
 		}
@@ -113,12 +115,16 @@ func describe(seen []sighting) string {
 	if len(seen) == 0 {
 		return "nothing"
 	}
-	text := ""
+	kinds := make([]string, 0, len(seen))
 	for _, s := range seen {
-		text += string(s.kind) + " "
+		kinds = append(kinds, string(s.kind))
 	}
-	return text[:len(text)-1]
+	return strings.Join(kinds, ", ")
 }
 
-// The race-free way to await: `news` is taken after looking, so look once more is needed where
-// something came in between; await does so since note replaces the channel under the lock.
+// all returns all sightings.
+func (w *watcher) all() []sighting {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.seen)
+}

@@ -105,8 +105,8 @@ func TestAForeignSecretIsNeverTouched(t *testing.T) {
 			s.agent("node-a")
 			s.resource(s.prefix, spec(`  namespaces: {names: [`+foreign+`, `+free+`]}`))
 			s.has(free, "registry.one") // the other namespace is served all the same (K13)
-			status := s.failed(s.prefix, foreign, "not imps's")
-			require.Equal(t, []string{free}, status.ManagedNamespaces)
+			s.failed(s.prefix, foreign, "not imps's")
+			s.manages(s.prefix, free)
 			s.pod(foreign, "node-a", nil, nil)
 			barrier := s.namespace(nil, nil)
 			s.change(s.prefix, `spec: {target: {namespaces: {names: [`+foreign+`, `+free+`, `+barrier+`]}}}`)
@@ -312,8 +312,8 @@ func TestTheOlderOfTwoResourcesWinsATargetAndHandsItOver(t *testing.T) {
 target: {secret: {name: `+secretName+`}, namespaces: {names: [`+shared+`, `+own+`]}}
 registry: {credentials: [{name: second, namespace: registry-access}]}`)
 	s.has(own, "registry.two")
-	status := s.failed(younger.Name, shared, "the older ImagePullSecret "+older.Name)
-	require.Equal(t, []string{own}, status.ManagedNamespaces)
+	s.failed(younger.Name, shared, "the older ImagePullSecret "+older.Name)
+	s.manages(younger.Name, own)
 	s.ready(older.Name, 1)
 	s.eventually(func() error {
 		if n := len(s.secret(shared, secretName).OwnerReferences); n != 2 {

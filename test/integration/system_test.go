@@ -16,6 +16,8 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -51,6 +53,8 @@ type system struct {
 	metrics  *impsync.Metrics
 	// prefix starts the names of everything cluster-scoped that the test makes.
 	prefix string
+	// kept is a namespace that stays selected, for tables.
+	kept string
 }
 
 func newSystem(t *testing.T) *system {
@@ -502,5 +506,63 @@ func (s *system) requests(mark cluster.Mark, agent string) []cluster.Event {
 	require.NoError(s.t, err)
 	return slices.DeleteFunc(events, func(e cluster.Event) bool {
 		return e.Stage != cluster.StageComplete || !strings.HasSuffix(e.UserAgent, agent)
+	})
+}
+
+// manages waits until exactly these namespaces are said to have the Secret.
+func (s *system) manages(name string, namespaces ...string) {
+	s.t.Helper()
+	slices.Sort(namespaces)
+	s.becomes(name, func(status v1alpha1.ImagePullSecretStatus) error {
+		if !slices.Equal(status.ManagedNamespaces, namespaces) {
+			return fmt.Errorf("manages %v, not %v", status.ManagedNamespaces, namespaces)
+		}
+		return nil
+	})
+}
+
+// replaceNames puts the names of a test's namespaces into its table.
+func replaceNames(text, namespace, kept string) string {
+	return strings.NewReplacer("NAMESPACE", namespace, "KEPT", kept).Replace(text)
+}
+
+func quantities(name, value string) corev1.ResourceList {
+	return corev1.ResourceList{corev1.ResourceName(name): resource.MustParse(value)}
+}
+
+// columns are what `kubectl get imps` shows beside the name.
+func (s *system) columns() []string {
+	s.t.Helper()
+	raw, err := s.core.CoreV1().RESTClient().Get().AbsPath("/apis/images.banzaicloud.io/v1alpha1/imagepullsecrets").
+		SetHeader("Accept", "application/json;as=Table;v=v1;g=meta.k8s.io").Do(s.t.Context()).Raw()
+	require.NoError(s.t, err)
+	var table metav1.Table
+	require.NoError(s.t, json.Unmarshal(raw, &table))
+	var columns []string
+	for _, column := range table.ColumnDefinitions[1:] {
+		columns = append(columns, column.Name)
+	}
+	return columns
+}
+
+// says waits until a condition's message holds a text.
+func (s *system) says(name, conditionType, text string) {
+	s.t.Helper()
+	s.message(name, conditionType, text, true)
+}
+
+func (s *system) saysNot(name, conditionType, text string) {
+	s.t.Helper()
+	s.message(name, conditionType, text, false)
+}
+
+func (s *system) message(name, conditionType, text string, want bool) {
+	s.t.Helper()
+	s.becomes(name, func(status v1alpha1.ImagePullSecretStatus) error {
+		condition := meta.FindStatusCondition(status.Conditions, conditionType)
+		if condition == nil || strings.Contains(condition.Message, text) != want {
+			return fmt.Errorf("condition %s: %q stands in it: not %t", conditionType, text, want)
+		}
+		return nil
 	})
 }

@@ -96,6 +96,9 @@ func (t *term) resourceChanged(_ types.NamespacedName, old, current **v1alpha1.I
 	}
 	r := *current
 	t.byUID[r.UID] = r
+	if r.DeletionTimestamp != nil && slices.Contains(r.Finalizers, metav1.FinalizerDeleteDependents) {
+		t.gone[r.UID] = false // it waits for its Secrets to go first
+	}
 	statusOnly := old != nil && (*old).UID == r.UID && (*old).Generation == r.Generation &&
 		(*old).DeletionTimestamp.Equal(r.DeletionTimestamp) && slices.Equal((*old).Finalizers, r.Finalizers)
 	if !statusOnly {
@@ -132,7 +135,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	r := t.byUID[uid]
 	if r == nil || r.DeletionTimestamp != nil {
 		t.mu.Unlock()
-		return t.retire(ctx, uid, r)
+		return t.retire(ctx, uid)
 	}
 	c := t.claims[uid]
 	if c == nil {
@@ -324,7 +327,7 @@ func sameRendered(a, b impsync.Rendered) bool {
 
 // retire ends a resource that is gone or going: its rendered Secret first, so that no
 // agent creates anything for it any more, then its claim.
-func (t *term) retire(ctx context.Context, uid types.UID, r *v1alpha1.ImagePullSecret) error {
+func (t *term) retire(ctx context.Context, uid types.UID) error {
 	if _, ok := t.rendered.Get(t.renderedKey(uid)); ok {
 		if err := t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(uid)); err != nil {
 			return err
@@ -347,9 +350,6 @@ func (t *term) retire(ctx context.Context, uid types.UID, r *v1alpha1.ImagePullS
 	t.releaseSources(uid, nil)
 	if c.ref.Name != "" {
 		t.metrics.forget(c.ref.Name)
-	}
-	if r != nil {
-		return nil // going: its state goes with it
 	}
 	return t.deleteOwn(ctx, t.config.Namespace, impsync.StateName(uid))
 }
