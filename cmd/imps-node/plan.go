@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -155,7 +156,7 @@ func planTables(table *tabwriter.Writer, plan cluster.PlanResult) {
 		state = "exists"
 	}
 	printRow(table, fmt.Sprintf("ImagePullSecret %s (%s), Secret %s: %d namespaces, %d registries, %d conflicts",
-		plan.Name, state, plan.Target, len(plan.Namespaces), len(plan.Registries), len(plan.Conflicts)))
+		plan.Name, state, cmp.Or(plan.Target, "-"), len(plan.Namespaces), len(plan.Registries), len(plan.Conflicts)))
 	section(table, len(plan.Namespaces), "NAMESPACE", "SELECTED BY", "OUTCOME")
 	for _, n := range plan.Namespaces {
 		printRow(table, n.Name, strings.Join(n.SelectedBy, ","), string(n.Outcome))
@@ -190,9 +191,7 @@ func section(table *tabwriter.Writer, rows int, columns ...string) {
 // which reports an error.
 func printRow(table *tabwriter.Writer, cells ...string) {
 	for i, cell := range cells {
-		if cell == "" {
-			cells[i] = "-"
-		}
+		cells[i] = cmp.Or(cell, "-")
 	}
 	_, _ = fmt.Fprintln(table, strings.Join(cells, "\t"))
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/stretchr/testify/require"
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -566,3 +567,8 @@ func (s *system) message(name, conditionType, text string, want bool) {
 		return nil
 	})
 }
+
+func selfReview() *authenticationv1.SelfSubjectReview { return &authenticationv1.SelfSubjectReview{} }
+
+// ctxOf is the test's context also for its cleanup, when that has ended.
+func ctxOf(t *testing.T) context.Context { return context.WithoutCancel(t.Context()) }
