@@ -7,28 +7,31 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // ErrorClass says what to do about an error of the API server.
 type ErrorClass uint8
 
+// The classes, in the order in which they matter: of errors that are joined, the first
+// decides.
 const (
 	// ClassRetry: passing; try again with backoff.
 	ClassRetry ErrorClass = iota
 	// ClassConflict: somebody else was faster; read again and decide anew, at once.
 	ClassConflict
-	// ClassGone: what the write was for is gone or going; forget it quietly.
-	ClassGone
 	// ClassWait: refused for now (rights, policy, quota); look again after RecheckInterval.
 	ClassWait
 	// ClassTerminal: refused for what it is; nothing changes until the input does. Looked
 	// at again after RecheckInterval all the same, since the server's rules may change.
 	ClassTerminal
+	// ClassGone: what the write was for is gone or going; forget it quietly.
+	ClassGone
 )
 
 // String returns the class's name, as metrics show it.
 func (c ErrorClass) String() string {
-	return [...]string{"retry", "conflict", "gone", "refused", "invalid"}[c]
+	return [...]string{"retry", "conflict", "refused", "invalid", "gone"}[c]
 }
 
 // RecheckInterval is how long what is refused rests, when nothing else brings it back.
@@ -36,6 +39,14 @@ const RecheckInterval = 10 * time.Minute
 
 // ClassifyError sorts an error of a write to the API server.
 func ClassifyError(err error) ErrorClass {
+	var joined interface{ Unwrap() []error }
+	if errors.As(err, &joined) {
+		class := ClassGone
+		for _, one := range joined.Unwrap() {
+			class = min(class, ClassifyError(one))
+		}
+		return class
+	}
 	switch {
 	case apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
 		return ClassGone
@@ -55,7 +66,8 @@ func ClassifyError(err error) ErrorClass {
 
 // Explain returns an error of the API server in one short line that is fit for status
 // and Events: names and reasons, never a piece of an object. The server's own text of an
-// invalid object may quote its values, so of that only the fields are told.
+// invalid object may quote its values, so of that only the fields are told, and that of a
+// request which it cannot decode may quote the request.
 func Explain(err error) string {
 	if err == nil {
 		return ""
@@ -67,15 +79,30 @@ func Explain(err error) string {
 	s := status.Status()
 	switch {
 	case apierrors.IsInvalid(err):
-		var fields []string
-		if s.Details != nil {
-			for _, cause := range s.Details.Causes {
-				fields = append(fields, string(cause.Type)+" of "+cause.Field)
-			}
-		}
-		return "the API server finds it invalid: " + strings.Join(fields, ", ")
+		return explainInvalid(s.Details)
+	case s.Reason == metav1.StatusReasonBadRequest:
+		return "the API server cannot read the request"
 	case apierrors.IsForbidden(err) && strings.Contains(s.Message, "exceeded quota"):
 		return "the namespace's quota is exceeded"
 	}
 	return s.Message
+}
+
+func explainInvalid(details *metav1.StatusDetails) string {
+	const invalid = "the API server finds it invalid"
+	if details == nil || len(details.Causes) == 0 {
+		return invalid
+	}
+	var fields []string
+	for _, cause := range details.Causes {
+		switch {
+		case cause.Field != "":
+			fields = append(fields, string(cause.Type)+" of "+cause.Field)
+		case cause.Type == "":
+			return cause.Message // a ValidatingAdmissionPolicy's name and message
+		default:
+			fields = append(fields, string(cause.Type))
+		}
+	}
+	return invalid + ": " + strings.Join(fields, ", ")
 }

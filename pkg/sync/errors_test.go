@@ -41,6 +41,16 @@ func invalid() error {
 	})
 }
 
+// policy is the refusal of a ValidatingAdmissionPolicy, as the API server writes it
+// (k8s.io/apiserver, pkg/admission/plugin/policy/validating/dispatcher.go).
+func policy() error {
+	const message = "ValidatingAdmissionPolicy 'p' with binding 'b' denied request: only pull Secrets"
+	err := apierrors.NewForbidden(secrets, "pull", errors.New(message))
+	err.ErrStatus.Reason, err.ErrStatus.Code = metav1.StatusReasonInvalid, http.StatusUnprocessableEntity
+	err.ErrStatus.Details.Causes = append(err.ErrStatus.Details.Causes, metav1.StatusCause{Message: message})
+	return err
+}
+
 func TestClassifyError(t *testing.T) {
 	t.Parallel()
 	tests := map[string]struct {
@@ -138,6 +148,18 @@ func TestExplain(t *testing.T) {
 		"being terminated":      {terminating(), `secrets "pull" is forbidden: unable to create new content in namespace n because it is being terminated`},
 		"too many requests":     {apierrors.NewTooManyRequests("slow down", 1), "slow down"},
 		"an answer without any": {&apierrors.StatusError{ErrStatus: metav1.Status{Reason: metav1.StatusReasonInvalid}}, "the API server finds it invalid"},
+		"refused by a policy": {
+			policy(), "ValidatingAdmissionPolicy 'p' with binding 'b' denied request: only pull Secrets",
+		},
+		"refused by a webhook": {
+			&apierrors.StatusError{ErrStatus: metav1.Status{Code: http.StatusBadRequest, Message: `admission webhook "w" denied the request: no`}},
+			`admission webhook "w" denied the request: no`,
+		},
+		"a test of a JSON patch that fails": {
+			apierrors.NewGenericServerResponse(http.StatusUnprocessableEntity, "", schema.GroupResource{}, "", canary, 0, true),
+			"the API server finds it invalid: UnexpectedServerResponse",
+		},
+		"a request that the server cannot read": {apierrors.NewBadRequest("x"), "the API server cannot read the request"},
 		"invalid": {
 			invalid(),
 			"the API server finds it invalid: FieldValueInvalid of data[.dockerconfigjson], FieldValueRequired of metadata.name, FieldValueNotSupported of type",

@@ -1,7 +1,6 @@
 package sync
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -70,7 +69,7 @@ func ExistingOf(m *metav1.PartialObjectMetadata) Existing {
 			applied = true
 			fields := ""
 			if entry.FieldsV1 != nil {
-				fields = string(entry.FieldsV1.Raw)
+				fields = entry.FieldsV1.GetRawString()
 			}
 			e.fields = unique.Make(fields)
 		}
@@ -201,7 +200,7 @@ func AdoptionPatch(m *metav1.PartialObjectMetadata) ([]byte, error) {
 	for _, entry := range m.ManagedFields {
 		fields := &fieldpath.Set{}
 		if entry.FieldsV1 != nil {
-			if err := fields.FromJSON(bytes.NewReader(entry.FieldsV1.Raw)); err != nil {
+			if err := fields.FromJSON(entry.FieldsV1.GetRawReader()); err != nil {
 				return nil, fmt.Errorf("managedFields entry of %q: not valid FieldsV1", entry.Manager)
 			}
 		}
@@ -233,7 +232,7 @@ func AdoptionPatch(m *metav1.PartialObjectMetadata) ([]byte, error) {
 	now := metav1.Now()
 	entries := append(others, metav1.ManagedFieldsEntry{
 		Manager: FieldManager, Operation: metav1.ManagedFieldsOperationApply,
-		APIVersion: "v1", Time: &now, FieldsType: "FieldsV1", FieldsV1: &metav1.FieldsV1{Raw: raw},
+		APIVersion: "v1", Time: &now, FieldsType: "FieldsV1", FieldsV1: metav1.NewFieldsV1(string(raw)),
 	})
 	patch := []jsonPatchOp{
 		{Op: "replace", Path: "/metadata/resourceVersion", Value: m.ResourceVersion},

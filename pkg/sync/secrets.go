@@ -1,7 +1,6 @@
 package sync
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net/http"
@@ -79,7 +78,7 @@ func coOwned(m *metav1.PartialObjectMetadata) bool {
 			continue
 		}
 		set := &fieldpath.Set{}
-		if set.FromJSON(bytes.NewReader(entry.FieldsV1.Raw)) == nil && set.Has(data) {
+		if set.FromJSON(entry.FieldsV1.GetRawReader()) == nil && set.Has(data) {
 			return true
 		}
 	}

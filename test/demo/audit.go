@@ -11,41 +11,11 @@ import (
 	"github.com/imps-node/imps/test/cluster/cluster"
 )
 
-// actors are the users that write pull Secrets, as the audience knows them.
+// actors are the users that write pull Secrets, and what the audience calls them.
 var actors = []struct{ name, user string }{
-	{"agents", "system:serviceaccount:" + systemNamespace + ":imps-node"},
-	{"coordinator", "system:serviceaccount:" + systemNamespace + ":imps-coordinator"},
+	{"agent", "system:serviceaccount:" + systemNamespace + ":" + agentName},
+	{"coordinator", "system:serviceaccount:" + systemNamespace + ":" + coordinatorName},
 	{"garbage collector", "system:serviceaccount:kube-system:generic-garbage-collector"},
-}
-
-// writes returns the requests for pull Secrets that were to write, of everyone but the demo itself.
-func (d *demo) writes() ([]cluster.Event, error) {
-	events, err := d.control.Audit().Since(d.mark)
-	if err != nil {
-		return nil, err
-	}
-	return slices.DeleteFunc(events, func(e cluster.Event) bool {
-		reading := e.Verb == "get" || e.Verb == "list" || e.Verb == "watch"
-		return e.Group != "" || e.Resource != "secrets" || e.Name != secretName || e.User == "admin" || reading
-	}), nil
-}
-
-// creator returns who created the Secret of a namespace.
-func (d *demo) creator(ctx context.Context, namespace string) (string, error) {
-	by := ""
-	return by, eventually(ctx, "the audit log has the creation in "+namespace, func(context.Context) error {
-		events, err := d.writes()
-		if err != nil {
-			return err
-		}
-		for _, e := range events {
-			if e.Namespace == namespace && e.Code == http.StatusCreated {
-				by = actorOf(e)
-				return nil
-			}
-		}
-		return fmt.Errorf("%d writes", len(events))
-	})
 }
 
 func actorOf(e cluster.Event) string {
@@ -57,48 +27,81 @@ func actorOf(e cluster.Event) string {
 	return e.User
 }
 
-// account compares how often pull Secrets changed with how often imps wrote.
-func (d *demo) account(context.Context) error {
-	events, err := d.writes()
+// writes returns the requests for pull Secrets that are no reading, of everyone but the demo itself.
+func (d *demo) writes() ([]cluster.Event, error) {
+	events, err := d.control.Audit().Since(d.mark)
 	if err != nil {
-		return err
+		return nil, err
 	}
+	return slices.DeleteFunc(events, func(e cluster.Event) bool {
+		return e.Group != "" || e.Resource != "secrets" || e.Name != secretName ||
+			e.User == "admin" || slices.Contains([]string{"get", "list", "watch"}, e.Verb)
+	}), nil
+}
+
+// creator returns who created the Secret of a namespace.
+func (d *demo) creator(ctx context.Context, namespace string) (by string, err error) {
+	err = eventually(ctx, "the audit log has the creation in "+namespace, func(context.Context) error {
+		events, err := d.writes()
+		if err != nil {
+			return err
+		}
+		i := slices.IndexFunc(events, func(e cluster.Event) bool { return e.Namespace == namespace && e.Code == http.StatusCreated })
+		if i < 0 {
+			return fmt.Errorf("%d writes, but not this", len(events))
+		}
+		by = actorOf(events[i])
+		return nil
+	})
+	return by, err
+}
+
+// account compares what has become of the pull Secrets with the requests to write them.
+func (d *demo) account(context.Context) error {
 	seen := map[watch.EventType]int{}
 	for _, s := range d.watcher.all() {
 		if s.secret.Namespace != occupied {
 			seen[s.kind]++
 		}
 	}
-	type cell struct {
-		kind  watch.EventType
-		actor string
+	events, err := d.writes()
+	if err != nil {
+		return err
 	}
-	requests := map[cell]int{}
-	touched := 0
+	requests, extra, foreign := map[string]int{}, 0, 0
 	for _, e := range events {
-		requests[cell{kindOf(e), actorOf(e)}]++
+		requests[string(kindOf(e))+actorOf(e)]++
+		if kindOf(e) != refused {
+			extra++
+		}
 		if e.Namespace == occupied {
-			touched++
+			foreign++
 		}
 	}
-	d.say("   Requests to write pull Secrets in the API server's audit log:\n")
-	t := table{printer: d.printer, widths: []int{18, -8, -8, -12, -18}}
-	t.row("", "seen", actors[0].name, actors[1].name, actors[2].name)
-	for _, kind := range []watch.EventType{watch.Added, watch.Modified, watch.Deleted, watch.Error} {
-		cells := []any{map[watch.EventType]string{watch.Added: "created", watch.Modified: "changed", watch.Deleted: "deleted", watch.Error: "without effect"}[kind], seen[kind]}
+	d.note("Events at the watcher, and requests to write in the API server's audit log:")
+	d.say("")
+	widths := []int{9, -12, -9, -14, -20}
+	d.row(widths, "", "events", "by agents", "by coordinator", "by garbage collector")
+	for _, kind := range []watch.EventType{watch.Added, watch.Modified, watch.Deleted, refused} {
+		cells := []any{kind, seen[kind]}
 		for _, actor := range actors {
-			cells = append(cells, requests[cell{kind, actor.name}])
+			cells = append(cells, requests[string(kind)+actor.name])
 		}
-		t.row(cells...)
+		d.row(widths, cells...)
+		extra -= seen[kind]
 	}
-	fmt.Fprintln(d.out, requests, touched)
-	for _, e := range events {
-		fmt.Fprintln(d.out, e.Received.Format("05.000"), e.Written.Sub(e.Received), e.Verb, e.Code, e.Namespace, actorOf(e))
-	}
+	all := len(d.subjects())
+	d.check("every Secret was created once, changed once by the rotation, and deleted once where it had to be",
+		map[watch.EventType]int{watch.Added: all, watch.Modified: all, watch.Deleted: all - len(d.served)}, seen)
+	d.check(fmt.Sprintf("one write for each change, and %d that found it done (at most one for each Pod)", extra), true, extra >= 0 && extra <= 2)
+	d.check("nobody tried to write the foreign Secret", 0, foreign)
 	return nil
 }
 
-// kindOf returns what a request did to a Secret.
+// refused is the kind of a request that changed nothing.
+const refused watch.EventType = "REFUSED"
+
+// kindOf returns the event that a request gives rise to.
 func kindOf(e cluster.Event) watch.EventType {
 	switch {
 	case e.Code == http.StatusCreated:
@@ -108,6 +111,6 @@ func kindOf(e cluster.Event) watch.EventType {
 	case e.Code == http.StatusOK:
 		return watch.Modified
 	default:
-		return watch.Error
+		return refused
 	}
 }

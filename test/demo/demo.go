@@ -15,8 +15,8 @@ import (
 const (
 	// within bounds every wait for something that should take milliseconds.
 	within = 20 * time.Second
-	// pollInterval is the pause between two looks at what cannot be watched.
-	pollInterval = 20 * time.Millisecond
+	// pollInterval is the pause between two looks; times are taken elsewhere.
+	pollInterval = 10 * time.Millisecond
 )
 
 // demo is one run.
@@ -24,9 +24,7 @@ type demo struct {
 	printer
 	keep    bool // leave everything running until Ctrl-C
 	waiting bool // for that Ctrl-C
-	patient bool // also wait for what takes a minute by design
 
-	begin     time.Time
 	control   *cluster.Cluster
 	client    *kubernetes.Clientset
 	dir       string // temporary; holds the binary, the kubeconfigs and the logs
@@ -35,12 +33,16 @@ type demo struct {
 	died      context.CancelCauseFunc // ends the run when a process ends on its own
 
 	passwords passwords // the current ones
-	used      []string  // all that there ever were
 	watcher   *watcher
-	mark      cluster.Mark // the audit log before the first trigger
+	mark      cluster.Mark // of the audit log before the first trigger
 	served    []*subject   // the namespaces that have the Secret
 	foreignAt string       // the resourceVersion of the Secret that is not imps's
 	checks    []check
+}
+
+type step struct {
+	title string
+	run   func(context.Context) error
 }
 
 // steps are what the audience sees, in this order.
@@ -62,53 +64,47 @@ func (d *demo) steps() []step {
 	return append(steps, step{"The resource is deleted", d.remove}, step{"What it took", d.account})
 }
 
-type step struct {
-	title string
-	run   func(context.Context) error
-}
-
-// play runs all steps, cleans up, and returns the exit code.
+// play runs all steps, cleans up, and returns the exit code. The context ends with a signal.
 func (d *demo) play(signalled context.Context) int {
-	d.begin = time.Now()
+	begin := time.Now()
 	ctx, cancel := context.WithCancelCause(signalled)
 	defer cancel(nil)
 	d.died = cancel
 
-	var err error
-	for i, step := range d.steps() {
-		d.say("\n%d. %s", i+1, step.title)
-		if err = step.run(ctx); err != nil {
-			if cause := context.Cause(ctx); cause != nil && signalled.Err() == nil {
-				err = cause // a process that ended is why the step did not work
-			}
-			break
-		}
-	}
-	interrupted := err != nil && signalled.Err() != nil
+	err := d.playSteps(ctx)
+	interrupted := signalled.Err() != nil && !d.waiting
 	switch {
-	case interrupted && d.waiting: // for just that
-		interrupted = false
 	case interrupted:
 		d.say("\nInterrupted: cleaning up.")
+	case signalled.Err() != nil: // which is what it waited for
 	case err != nil:
-		d.failed(check{name: "all steps done", want: "no error", seen: err.Error()})
+		if ctx.Err() != nil {
+			err = context.Cause(ctx) // a process that ended, which is why the step failed
+		}
+		d.failed(check{name: "all steps are done", want: "no error", seen: err.Error()})
 	}
 	d.cleanUp(interrupted)
 	if interrupted {
 		return 1
 	}
-	return d.summarize()
+	return d.summarize(time.Since(begin))
+}
+
+func (d *demo) playSteps(ctx context.Context) error {
+	for i, step := range d.steps() {
+		d.say("\n%d. %s", i+1, step.title)
+		if err := step.run(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // cleanUp ends everything that runs and removes every file.
 func (d *demo) cleanUp(interrupted bool) {
-	d.stopProcesses()
+	d.stopProcesses(interrupted)
 	if d.watcher != nil {
 		d.watcher.stop()
-	}
-	d.findPasswords()
-	if !interrupted && d.anyFailed() {
-		d.showLogs()
 	}
 	var errs []error
 	if d.control != nil {
@@ -117,15 +113,17 @@ func (d *demo) cleanUp(interrupted bool) {
 	if d.dir != "" {
 		errs = append(errs, os.RemoveAll(d.dir))
 	}
-	d.check("the control plane is stopped and all files are removed", "<nil>", fmt.Sprint(errors.Join(errs...)))
+	if err := errors.Join(errs...); err != nil {
+		d.failed(check{name: "everything is stopped and removed", want: "no error", seen: err.Error()})
+	}
 }
 
 // boot starts the control plane and makes the folder for all that the demo needs besides.
 func (d *demo) boot(ctx context.Context) error {
-	d.say("   etcd, kube-apiserver, kube-controller-manager; the first run builds them (about 10 minutes)")
+	d.note("etcd, kube-apiserver and kube-controller-manager; the first run builds them (about 10 minutes)")
 	begin := time.Now()
 	var err error
-	if d.control, err = cluster.Run(ctx, cluster.WithProgress(indented{d.out})); err != nil {
+	if d.control, err = cluster.Run(ctx, cluster.WithProgress(d.out)); err != nil {
 		return err
 	}
 	if d.dir, err = os.MkdirTemp("", "imps-demo-"); err != nil {
@@ -136,8 +134,31 @@ func (d *demo) boot(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("ask for the version: %w", err)
 	}
-	d.say("   Kubernetes %s serves on loopback after %.1f s", version.GitVersion, time.Since(begin).Seconds())
+	d.note("Kubernetes %s serves on loopback after %.1f s", version.GitVersion, time.Since(begin).Seconds())
 	return nil
+}
+
+// wait says what there is to try, and waits for Ctrl-C.
+func (d *demo) wait(ctx context.Context) error {
+	d.say(`   export KUBECONFIG=%s
+   kubectl get imps
+   kubectl describe imps %s
+   kubectl get secrets -A --field-selector metadata.name=%s
+
+   kubectl create namespace mine && kubectl label namespace mine pull=private   # gets the Secret
+   kubectl -n search label secret %[3]s images.banzaicloud.io/owner-uid-   # is put back
+   kubectl -n %[4]s delete secret %[3]s   # the foreign one: then all is Ready
+
+   Where kubectl is missing, Go builds it from the module that the control plane is from:
+   alias kubectl='go run -C test/cluster/modules/kubernetes k8s.io/kubernetes/cmd/kubectl'
+`, d.control.Kubeconfig(), resourceName, secretName, occupied)
+	for _, p := range d.processes {
+		d.say("   %-13s http://%s/metrics  %s", p.name, p.logged("metricsAddr"), p.log)
+	}
+	d.say("\n   Ctrl-C ends it and removes everything.")
+	d.waiting = true
+	<-ctx.Done()
+	return context.Cause(ctx)
 }
 
 // eventually repeats a look until it finds no fault, or the time is up.

@@ -7,7 +7,6 @@ package main
 
 import (
 	"context"
-	"io"
 	"os"
 	"os/signal"
 	"runtime"
@@ -15,22 +14,13 @@ import (
 )
 
 func main() {
-	// Processes that die with the demo are tied to the thread that started them: this one, which
-	// lives as long as the demo does.
+	// A process that dies with the demo is tied to the thread that started it: this one, which lives
+	// as long as the demo does.
 	runtime.LockOSThread()
 	// SIGPIPE: whoever reads the output is gone, and there is still something to clean up.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
-	code := run(ctx, os.Getenv, os.Stdout)
+	d := &demo{printer: printer{os.Stdout}, keep: os.Getenv("KEEP") == "1"}
+	code := d.play(ctx)
 	stop()
 	os.Exit(code)
-}
-
-// run is the whole demo; it returns the exit code.
-func run(ctx context.Context, getenv func(string) string, out io.Writer) int {
-	d := &demo{
-		printer: printer{out},
-		keep:    getenv("KEEP") == "1",
-		patient: getenv("LINGER") == "1",
-	}
-	return d.play(ctx)
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
 	"io"
 	"strings"
@@ -19,6 +18,11 @@ func (p printer) say(format string, args ...any) {
 	_, _ = fmt.Fprintf(p.out, format+"\n", args...)
 }
 
+// note writes a text below a step's title.
+func (p printer) note(format string, args ...any) {
+	p.paragraph("   ", fmt.Sprintf(format, args...))
+}
+
 // paragraph writes a text in lines that fit, the first after head, the others below its end.
 func (p printer) paragraph(head, text string) {
 	line, indent := head, strings.Repeat(" ", len(head))
@@ -32,95 +36,63 @@ func (p printer) paragraph(head, text string) {
 	p.say("%s", strings.TrimRight(line, " "))
 }
 
-// table writes rows below one another as they come, so that the widths are given beforehand.
-type table struct {
-	printer
-	widths []int // of all columns but the last; negative: aligned to the right
-}
-
-func (t table) row(cells ...any) {
+// row writes a row of a table whose rows come one after the other, so that the widths are given
+// beforehand; a negative one aligns to the right.
+func (p printer) row(widths []int, cells ...any) {
 	var line strings.Builder
-	line.WriteString("  ")
 	for i, cell := range cells {
-		width := 0
-		if i < len(t.widths) {
-			width = -t.widths[i]
-		}
-		fmt.Fprintf(&line, " %*v ", width, cell)
+		_, _ = fmt.Fprintf(&line, "%*v  ", -widths[i], cell) // a Builder never fails
 	}
-	text := strings.TrimRight(line.String(), " ")
-	if len(text) > columns {
-		text = text[:columns-3] + "..."
-	}
-	t.say("%s", text)
+	p.say("   %s", strings.TrimRight(line.String(), " "))
 }
 
-// indented writes lines below a step's title.
-type indented struct{ out io.Writer }
-
-// Write implements io.Writer for whole lines.
-func (w indented) Write(text []byte) (int, error) {
-	for line := range bytes.Lines(text) {
-		if _, err := fmt.Fprintf(w.out, "   %s", line); err != nil {
-			return 0, err
-		}
-	}
-	return len(text), nil
-}
-
-func milliseconds(d time.Duration) string {
-	return fmt.Sprintf("%.1f", d.Seconds()*1000)
-}
+func milliseconds(d time.Duration) string { return fmt.Sprintf("%.1f", d.Seconds()*1000) }
 
 // check is something that has to be so.
 type check struct{ name, want, seen string }
 
-func (c check) ok() bool { return c.want == c.seen }
-
 // check notes what was expected and what was seen, and says at once where the two differ.
 func (d *demo) check(name string, want, seen any) {
 	c := check{name, fmt.Sprint(want), fmt.Sprint(seen)}
-	if !c.ok() {
+	if c.want != c.seen {
 		d.failed(c)
 		return
 	}
 	d.checks = append(d.checks, c)
 }
 
-// ok notes something that was waited for and came.
-func (d *demo) ok(name string) { d.check(name, true, true) }
+// done notes something that was waited for and has come.
+func (d *demo) done(name string) { d.check(name, true, true) }
 
 func (d *demo) failed(c check) {
 	d.checks = append(d.checks, c)
-	d.say("   FAILED: %s", c.name)
+	d.note("FAILED: %s", c.name)
 	d.paragraph("      expected: ", c.want)
 	d.paragraph("      seen:     ", c.seen)
 }
 
-func (d *demo) anyFailed() bool {
+// failures counts the checks that failed.
+func (d *demo) failures() int {
+	n := 0
 	for _, c := range d.checks {
-		if !c.ok() {
-			return true
+		if c.want != c.seen {
+			n++
 		}
 	}
-	return false
+	return n
 }
 
 // summarize lists all checks and returns the exit code.
-func (d *demo) summarize() int {
-	failed := 0
+func (d *demo) summarize(took time.Duration) int {
 	d.say("\nSummary")
 	for _, c := range d.checks {
-		verdict := "ok    "
-		if !c.ok() {
-			failed++
+		verdict := "ok"
+		if c.want != c.seen {
 			verdict = "FAILED"
 		}
-		d.paragraph("   "+verdict+"  ", c.name)
+		d.paragraph(fmt.Sprintf("   %-8s", verdict), c.name)
 	}
-	d.say("\n%d of %d checks ok, %.0f s in all.", len(d.checks)-failed, len(d.checks), time.Since(d.begin).Seconds())
-	if failed > 0 {
-		return 1
-	}
-	return 0
+	failures := d.failures()
+	d.say("\n%d of %d checks ok, %.0f s in all.", len(d.checks)-failures, len(d.checks), took.Seconds())
+	return min(failures, 1)
 }

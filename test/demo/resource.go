@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"text/tabwriter"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -12,56 +13,54 @@ import (
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 )
 
-// path is the resource's own, below the API server's address.
-var path = "/apis/" + v1alpha1.GroupVersion.String() + "/" + v1alpha1.Resource.Resource
+// longestCell is how much of a cell fits into the line.
+const longestCell = 33
 
-func (d *demo) images() rest.Interface { return d.client.Discovery().RESTClient() }
-
-func (d *demo) readResource(ctx context.Context) (*v1alpha1.ImagePullSecret, error) {
-	raw, err := d.images().Get().AbsPath(path, resourceName).Do(ctx).Raw()
-	if err != nil {
-		return nil, fmt.Errorf("read the ImagePullSecret: %w", err)
-	}
-	r := &v1alpha1.ImagePullSecret{}
-	if err := json.Unmarshal(raw, r); err != nil {
-		return nil, fmt.Errorf("parse the ImagePullSecret: %w", err)
-	}
-	return r, nil
+// resources is the path of the ImagePullSecrets at the API server.
+func resources() string {
+	return "/apis/" + v1alpha1.GroupVersion.String() + "/" + v1alpha1.Resource.Resource
 }
 
-// resourceIs returns an error unless the status says so, about so many namespaces with the Secret.
-func (d *demo) resourceIs(ctx context.Context, status string, delivered int) error {
-	r, err := d.readResource(ctx)
+func (d *demo) rest() rest.Interface { return d.client.Discovery().RESTClient() }
+
+func (d *demo) readStatus(ctx context.Context) (v1alpha1.ImagePullSecretStatus, error) {
+	r := &v1alpha1.ImagePullSecret{}
+	raw, err := d.rest().Get().AbsPath(resources(), resourceName).Do(ctx).Raw()
+	if err == nil {
+		err = json.Unmarshal(raw, r)
+	}
 	if err != nil {
+		return r.Status, fmt.Errorf("read the ImagePullSecret: %w", err)
+	}
+	return r.Status, nil
+}
+
+// awaitStatus waits until the resource says so, and that so many namespaces have the Secret.
+func (d *demo) awaitStatus(ctx context.Context, status string, delivered int) error {
+	return eventually(ctx, fmt.Sprintf("the resource says %s with %d namespaces", status, delivered), func(ctx context.Context) error {
+		s, err := d.readStatus(ctx)
+		if err == nil && (s.Status != status || s.Namespaces == nil || s.Namespaces.Delivered != int64(delivered)) {
+			err = fmt.Errorf("%q, %s, namespaces %v", s.Status, s.Reason, s.Namespaces)
+		}
 		return err
-	}
-	counts := v1alpha1.NamespaceCounts{}
-	if r.Status.Namespaces != nil {
-		counts = *r.Status.Namespaces
-	}
-	if r.Status.Status != status || counts.Delivered != int64(delivered) {
-		return fmt.Errorf("status %q with %d of %d namespaces, not %s with %d", r.Status.Status, counts.Delivered, counts.Selected, status, delivered)
-	}
-	return nil
+	})
 }
 
 // status shows what people see of the resource once all is delivered.
 func (d *demo) status(ctx context.Context) error {
-	if err := eventually(ctx, "the resource is ready", func(ctx context.Context) error {
-		return d.resourceIs(ctx, v1alpha1.StatusReady, len(d.served))
-	}); err != nil {
+	if err := d.awaitStatus(ctx, v1alpha1.StatusReady, len(d.served)); err != nil {
 		return err
 	}
-	d.ok(fmt.Sprintf("the resource says Ready, with %d namespaces", len(d.served)))
+	d.done(fmt.Sprintf("the resource says Ready, with %d namespaces", len(d.served)))
 	if err := d.showColumns(ctx); err != nil {
 		return err
 	}
-	r, err := d.readResource(ctx)
+	status, err := d.readStatus(ctx)
 	if err != nil {
 		return err
 	}
 	d.say("")
-	for _, condition := range r.Status.Conditions {
+	for _, condition := range status.Conditions {
 		d.showCondition(condition)
 	}
 	return nil
@@ -69,39 +68,38 @@ func (d *demo) status(ctx context.Context) error {
 
 // showColumns prints what kubectl would: it asks for the same table.
 func (d *demo) showColumns(ctx context.Context) error {
-	raw, err := d.images().Get().AbsPath(path).SetHeader("Accept", "application/json;as=Table;g=meta.k8s.io;v=v1").Do(ctx).Raw()
+	table := &metav1.Table{}
+	raw, err := d.rest().Get().AbsPath(resources()).SetHeader("Accept", "application/json;as=Table;g=meta.k8s.io;v=v1").Do(ctx).Raw()
+	if err == nil {
+		err = json.Unmarshal(raw, table)
+	}
 	if err != nil {
-		return fmt.Errorf("ask for the table: %w", err)
+		return fmt.Errorf("ask for the table of ImagePullSecrets: %w", err)
 	}
-	answer := &metav1.Table{}
-	if err := json.Unmarshal(raw, answer); err != nil {
-		return fmt.Errorf("parse the table: %w", err)
+	d.note("$ kubectl get imps")
+	w := tabwriter.NewWriter(d.out, 0, 0, 2, ' ', 0)
+	line := "   "
+	for _, column := range table.ColumnDefinitions {
+		line += strings.ToUpper(column.Name) + "\t"
 	}
-	d.say("   $ kubectl get imps")
-	lines := [][]any{{}}
-	for _, column := range answer.ColumnDefinitions {
-		lines[0] = append(lines[0], strings.ToUpper(column.Name))
-	}
-	for _, row := range answer.Rows {
-		for i, cell := range row.Cells {
-			if cell == nil {
-				row.Cells[i] = "" // as kubectl does
+	for _, row := range table.Rows {
+		line = strings.TrimSuffix(line, "\t") + "\n   "
+		for _, value := range row.Cells {
+			cell := ""
+			if value != nil {
+				cell = fmt.Sprint(value)
 			}
-		}
-		lines = append(lines, row.Cells)
-	}
-	t := table{printer: d.printer, widths: make([]int, len(answer.ColumnDefinitions)-1)}
-	for _, line := range lines {
-		for i := range t.widths {
-			t.widths[i] = max(t.widths[i], len(fmt.Sprint(line[i])))
+			if len(cell) > longestCell {
+				cell = cell[:longestCell-3] + "..."
+			}
+			line += cell + "\t"
 		}
 	}
-	for _, line := range lines {
-		t.row(line...)
-	}
+	_, _ = fmt.Fprintln(w, strings.TrimSuffix(line, "\t")) // see say
+	_ = w.Flush()
 	return nil
 }
 
 func (d *demo) showCondition(c metav1.Condition) {
-	d.paragraph(fmt.Sprintf("   %-13s %-8s ", c.Type, c.Status), c.Message)
+	d.paragraph(fmt.Sprintf("   %-13s %-7s ", c.Type, c.Status), c.Message)
 }

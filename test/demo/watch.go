@@ -23,7 +23,6 @@ type watcher struct {
 	mu   sync.Mutex
 	seen []sighting
 	err  error
-	news chan struct{} // closed with the next sighting
 }
 
 // sighting is an event of the watch.
@@ -44,7 +43,7 @@ func newWatcher(ctx context.Context, client kubernetes.Interface) (*watcher, err
 	if err != nil {
 		return nil, fmt.Errorf("watch pull Secrets: %w", err)
 	}
-	w := &watcher{stop: events.Stop, news: make(chan struct{})}
+	w := &watcher{stop: events.Stop}
 	go w.follow(events)
 	return w, nil
 }
@@ -52,79 +51,56 @@ func newWatcher(ctx context.Context, client kubernetes.Interface) (*watcher, err
 func (w *watcher) follow(events watch.Interface) {
 	for event := range events.ResultChan() {
 		now := time.Now()
-		if secret, ok := event.Object.(*corev1.Secret); ok {
-			w.note(sighting{now, event.Type, secret}, nil)
-		} else {
-			w.note(sighting{}, fmt.Errorf("the watch of the pull Secrets says: %v", event.Object))
-		}
-	}
-	w.note(sighting{}, errors.New("the watch of the pull Secrets has ended"))
-}
-
-func (w *watcher) note(s sighting, err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if err != nil {
-		w.err = err
-	} else {
-		w.seen = append(w.seen, s)
-	}
-	close(w.news)
-	w.news = make(chan struct{})
-}
-
-// await returns the first sighting in a namespace that matches, also one before the call.
-func (w *watcher) await(ctx context.Context, namespace, what string, match func(sighting) bool) (sighting, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, within, fmt.Errorf("not within %s", within))
-	defer cancel()
-	for {
-		// First this, so that nothing is missed that comes after the look.
 		w.mu.Lock()
-		news, err := w.news, w.err
+		if secret, ok := event.Object.(*corev1.Secret); ok {
+			w.seen = append(w.seen, sighting{now, event.Type, secret})
+		} else {
+			w.err = fmt.Errorf("the watch says %s: %v", event.Type, event.Object)
+		}
 		w.mu.Unlock()
-		seen := w.in(namespace)
-		if i := slices.IndexFunc(seen, match); i >= 0 {
-			return seen[i], nil
-		}
-		if err != nil {
-			return sighting{}, err
-		}
-		select {
-		case <-news:
-		case <-ctx.Done():
-			return sighting{}, fmt.Errorf("wait for the Secret in namespace %s that %s: %w; the watcher has seen there: %s",
-				namespace, what, context.Cause(ctx), describe(w.in(namespace)))
-		}
 	}
-}
-
-// in returns all sightings in a namespace.
-func (w *watcher) in(namespace string) []sighting {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	var found []sighting
-	for _, s := range w.seen {
-		if s.secret.Namespace == namespace {
-			found = append(found, s)
-		}
-	}
-	return found
+	w.err = errors.Join(w.err, errors.New("the watch has ended"))
 }
 
-func describe(seen []sighting) string {
-	if len(seen) == 0 {
-		return "nothing"
-	}
-	kinds := make([]string, 0, len(seen))
-	for _, s := range seen {
-		kinds = append(kinds, string(s.kind))
-	}
-	return strings.Join(kinds, ", ")
+// in returns what was seen in a namespace.
+func (w *watcher) in(namespace string) sightings {
+	return slices.DeleteFunc(w.all(), func(s sighting) bool { return s.secret.Namespace != namespace })
 }
 
-// all returns all sightings.
-func (w *watcher) all() []sighting {
+func (w *watcher) all() sightings {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.Clone(w.seen)
 }
+
+// await returns the first sighting in a namespace that matches, also one before the call.
+func (w *watcher) await(ctx context.Context, namespace, what string, match func(sighting) bool) (found sighting, err error) {
+	err = eventually(ctx, "the Secret of "+namespace+" is "+what, func(context.Context) error {
+		seen := w.in(namespace)
+		i := slices.IndexFunc(seen, match)
+		if i < 0 {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return errors.Join(errors.New(seen.String()), w.err)
+		}
+		found = seen[i]
+		return nil
+	})
+	return found, err
+}
+
+type sightings []sighting
+
+// String tells the kinds only: what a Secret holds is not for people.
+func (all sightings) String() string {
+	kinds := []string{}
+	for _, s := range all {
+		kinds = append(kinds, string(s.kind))
+	}
+	return strings.Join(kinds, ", ") + " at the watcher"
+}
+
+func created(s sighting) bool { return s.kind == watch.Added }
+func deleted(s sighting) bool { return s.kind == watch.Deleted }

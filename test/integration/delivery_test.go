@@ -106,13 +106,13 @@ func TestASecretGoesWhenItsNamespaceIsNoLongerSelected(t *testing.T) {
 		},
 		"its name is taken off the list": {
 			`  namespaces: {names: [NAMESPACE, KEPT]}`,
-			func(s *system, namespace string) {
+			func(s *system, _ string) {
 				s.change(s.prefix, `spec: {target: {namespaces: {names: [`+s.kept+`]}}}`)
 			},
 		},
 		"the selector changes": {
 			`  namespaces: {names: [KEPT], labels: [{matchLabels: {KEY: a}}]}`,
-			func(s *system, namespace string) {
+			func(s *system, _ string) {
 				s.change(s.prefix, `spec: {target: {namespaces: {labels: [{matchLabels: {`+s.prefix+`: b}}]}}}`)
 			},
 		},
@@ -125,11 +125,11 @@ func TestASecretGoesWhenItsNamespaceIsNoLongerSelected(t *testing.T) {
 		},
 		"the resource is deleted": {
 			`  namespaces: {labels: [{matchLabels: {KEY: a}}]}`,
-			func(s *system, namespace string) { s.deleteResource(s.prefix, metav1.DeletePropagationBackground) },
+			func(s *system, _ string) { s.deleteResource(s.prefix, metav1.DeletePropagationBackground) },
 		},
 		"the resource is deleted in the foreground": {
 			`  namespaces: {labels: [{matchLabels: {KEY: a}}]}`,
-			func(s *system, namespace string) { s.deleteResource(s.prefix, metav1.DeletePropagationForeground) },
+			func(s *system, _ string) { s.deleteResource(s.prefix, metav1.DeletePropagationForeground) },
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

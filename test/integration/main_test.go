@@ -122,7 +122,7 @@ func render(ctx context.Context, set ...string) ([]byte, error) {
 		args = append(args, "--set", s)
 	}
 	var stderr bytes.Buffer
-	command := exec.CommandContext(ctx, strings.TrimSpace(string(helm)), args...) //nolint:gosec // the pinned helm
+	command := exec.CommandContext(ctx, strings.TrimSpace(string(helm)), args...)
 	command.Stderr = &stderr
 	manifests, err := command.Output()
 	if err != nil {

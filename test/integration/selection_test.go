@@ -176,24 +176,24 @@ func TestExactlyTheSelectedNamespacesHaveTheSecret(t *testing.T) {
 				}
 				return out
 			}
-			make := func(pair [2]map[string]string) string { return s.namespace(replace(pair[0]), replace(pair[1])) }
+			create := func(pair [2]map[string]string) string { return s.namespace(replace(pair[0]), replace(pair[1])) }
 			var yes, no []string
 			// Half of them are there before the resource, half come after it.
 			half := 0
 			for _, pair := range c.yes {
 				if half++; half%2 == 0 {
-					yes = append(yes, make(pair))
+					yes = append(yes, create(pair))
 				}
 			}
 			s.coordinator()
 			s.resource(s.prefix, spec(replaceKey(c.target, s.prefix)))
 			for _, pair := range c.no {
-				no = append(no, make(pair))
+				no = append(no, create(pair))
 			}
 			half = 0
 			for _, pair := range c.yes {
 				if half++; half%2 == 1 {
-					yes = append(yes, make(pair))
+					yes = append(yes, create(pair))
 				}
 			}
 			for _, namespace := range yes {

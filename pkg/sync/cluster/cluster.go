@@ -59,7 +59,7 @@ const (
 	retryPeriod   = 3 * time.Second
 )
 
-// Any, as the only element of a list of names, allows every name.
+// Any allows every name, as the only element of a list of names.
 const Any = "*"
 
 // errSuperseded ends a term in which another leader was seen at work.

@@ -171,7 +171,7 @@ func (t *term) reconcileTarget(ctx context.Context, key targetKey) error {
 		return err
 	}
 	// Somebody writes as often as we do: with backoff, then.
-	return fmt.Errorf("Secret %s: %w", key, errAgain)
+	return fmt.Errorf("target Secret %s: %w", key, errAgain)
 }
 
 // decide compares what should be with what is, and notes the outcome of every claim that
@@ -365,6 +365,7 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	switch d.verb {
+	case leave:
 	case create:
 		m, created, err := t.secrets.Create(ctx, key.namespace, d.target)
 		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)

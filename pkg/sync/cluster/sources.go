@@ -38,7 +38,7 @@ type sourceSecret struct {
 
 func sourceOf(s *corev1.Secret) sourceSecret {
 	if s.Type == ecrSecretType {
-		return sourceSecret{err: fmt.Errorf("Secrets of type %s are %w", ecrSecretType, errNotSupported)}
+		return sourceSecret{err: fmt.Errorf("sources of type %s are %w", ecrSecretType, errNotSupported)}
 	}
 	config, _, err := dockerconfig.Parse(string(s.Type), s.Data)
 	return sourceSecret{config: config, err: err}

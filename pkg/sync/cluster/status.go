@@ -72,18 +72,18 @@ func (c *claim) summarize() summary {
 		case undeletable:
 			s.undeletable = append(s.undeletable, namespace+": "+o.message)
 			continue
+		case conflicted, foreign, failed:
+			s.failed = append(s.failed, namespace+": "+o.message)
+		case delivered, pending:
+			if o.kind == delivered && o.counter == counter {
+				s.counts.Delivered++
+			} else {
+				s.pending++
+			}
 		}
 		s.counts.Selected++
 		if o.counter > 0 {
 			s.managed = append(s.managed, namespace)
-		}
-		switch {
-		case o.kind == delivered && o.counter == counter:
-			s.counts.Delivered++
-		case o.kind == delivered || o.kind == pending:
-			s.pending++
-		default:
-			s.failed = append(s.failed, namespace+": "+o.message)
 		}
 	}
 	slices.Sort(s.managed)
@@ -164,11 +164,12 @@ func (t *term) statusOf(r *v1alpha1.ImagePullSecret, c *claim, s summary) v1alph
 		}
 		status.Conditions = append(status.Conditions, condition)
 	}
-	switch overall := status.Conditions[0]; {
-	case overall.Status == metav1.ConditionTrue:
+	switch overall := status.Conditions[0]; overall.Status {
+	case metav1.ConditionTrue:
 		status.Status = v1alpha1.StatusReady
-	case overall.Status == metav1.ConditionFalse:
+	case metav1.ConditionFalse:
 		status.Status, status.Reason = v1alpha1.StatusFailed, overall.Message
+	case metav1.ConditionUnknown: // in progress: neither, as before the first status
 	}
 	return status
 }

@@ -372,7 +372,7 @@ func workersOf[K comparable](work context.Context, t *term, n int, what string, 
 				t.stop(errSuperseded)
 			case work.Err() == nil:
 				comeBack(queue, item, err)
-				t.logFailure(what, fmt.Sprint(item), err)
+				t.logFailure(work, what, fmt.Sprint(item), err)
 			}
 			queue.Done(item)
 		}
@@ -396,11 +396,11 @@ func comeBack[K comparable](queue workqueue.TypedRateLimitingInterface[K], item 
 	}
 }
 
-func (t *term) logFailure(what, item string, err error) {
+func (t *term) logFailure(ctx context.Context, what, item string, err error) {
 	level := slog.LevelWarn
 	class := impsync.ClassifyError(err)
 	if class == impsync.ClassConflict || class == impsync.ClassGone {
 		level = slog.LevelDebug
 	}
-	t.log.Log(context.Background(), level, "failed, will look at it again", "what", what, "item", item, "class", class.String(), "error", impsync.Explain(err))
+	t.log.Log(ctx, level, "failed, will look at it again", "what", what, "item", item, "class", class.String(), "error", impsync.Explain(err))
 }

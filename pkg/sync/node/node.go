@@ -553,7 +553,7 @@ func (a *Agent) ensure(ctx context.Context, namespace string, s *selecting) (the
 		}
 	}
 	if err != nil {
-		return false, fmt.Errorf("Secret %s/%s: %w", namespace, name, err)
+		return false, fmt.Errorf("target Secret %s/%s: %w", namespace, name, err)
 	}
 	if impsync.ExistingOf(m).Ownership == impsync.Foreign {
 		a.log.Warn("a foreign Secret has the name of a pull Secret and is left alone", "namespace", namespace, "secret", name)

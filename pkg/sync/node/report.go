@@ -34,7 +34,7 @@ func (a *Agent) keepReport(ctx, work context.Context) error {
 		wrote, err := a.writeReport(work)
 		switch {
 		case err != nil:
-			a.log.Warn("cannot write the node report", "error", impsync.Explain(err), "again_in", backoff.String())
+			a.log.Warn("cannot write the node report", "error", impsync.Explain(err), "againIn", backoff.String())
 			a.dirty()
 			backoff = min(2*backoff, time.Minute)
 		case !wrote:
