@@ -135,9 +135,6 @@ func (s *settings) validate() error {
 	if !(s.kubeAPIQPS >= 0) { // NaN neither
 		errs = append(errs, fmt.Errorf("--kube-api-qps: %v is no rate: give a number of requests, or 0 for no limit", s.kubeAPIQPS))
 	}
-	if !isOff(s.metricsAddr) && s.metricsAddr == s.healthAddr {
-		errs = append(errs, errors.New("--metrics-addr: it must not be --health-addr, which anybody may reach: give another port"))
-	}
 	return errors.Join(errs...)
 }
 

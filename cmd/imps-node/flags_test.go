@@ -121,7 +121,6 @@ func TestWhatIsRefused(t *testing.T) {
 		"no number as a rate":            {[]string{"--kube-api-qps=NaN"}, "--kube-api-qps: NaN is no rate"},
 		"an address without a port":      {[]string{"--metrics-addr=127.0.0.1"}, `--metrics-addr: "127.0.0.1" is not an address`},
 		"a port that cannot be":          {[]string{"--health-addr=:70000"}, `--health-addr: ":70000" is not an address`},
-		"one address for both":           {[]string{"--health-addr=127.0.0.1:9464"}, "--metrics-addr: it must not be --health-addr"},
 		"a log level that is not there":  {[]string{"--log-level=trace"}, `--log-level: "trace" is not known: use debug, info, warn, error`},
 		"a log format that is not there": {[]string{"--log-format=xml"}, `--log-format: "xml" is not known: use json, text`},
 	}

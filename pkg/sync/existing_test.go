@@ -48,7 +48,7 @@ func appliedPaths(owners ...types.UID) []fieldpath.Path {
 func entry(manager string, operation metav1.ManagedFieldsOperationType, fields string) metav1.ManagedFieldsEntry {
 	e := metav1.ManagedFieldsEntry{Manager: manager, Operation: operation, APIVersion: "v1", FieldsType: "FieldsV1"}
 	if fields != "" {
-		e.FieldsV1 = &metav1.FieldsV1{Raw: []byte(fields)}
+		e.FieldsV1 = metav1.NewFieldsV1(fields)
 	}
 	return e
 }
@@ -194,7 +194,7 @@ func TestExistingJudgesWhoseASecretIs(t *testing.T) {
 			test.edit(m)
 			for i := range m.ManagedFields {
 				if f := m.ManagedFields[i].FieldsV1; f != nil {
-					require.True(t, json.Valid(f.Raw), "%s", f.Raw)
+					require.True(t, json.Valid(f.GetRawBytes()), f.GetRawString())
 				}
 			}
 			e := ExistingOf(m)
@@ -230,7 +230,7 @@ func TestExistingKeepsWhatDecides(t *testing.T) {
 func TestExpectationIsMetByWhatWasAppliedAndNotByLess(t *testing.T) {
 	t.Parallel()
 	setFields := func(m *metav1.PartialObjectMetadata, paths ...fieldpath.Path) {
-		m.ManagedFields[0].FieldsV1.Raw = []byte(fieldsOf(t, paths...))
+		m.ManagedFields[0].FieldsV1.SetRawString(fieldsOf(t, paths...))
 	}
 	without := func(path fieldpath.Path) func(*metav1.PartialObjectMetadata) {
 		return func(m *metav1.PartialObjectMetadata) {
@@ -288,9 +288,9 @@ func TestExpectationIsMetByWhatWasAppliedAndNotByLess(t *testing.T) {
 		"managedFields were cleared":     {func(m *metav1.PartialObjectMetadata) { m.ManagedFields = nil }, false},
 		"our entry has no fields":        {func(m *metav1.PartialObjectMetadata) { m.ManagedFields[0].FieldsV1 = nil }, false},
 		"our entry's fields are no JSON": {func(m *metav1.PartialObjectMetadata) {
-			m.ManagedFields[0].FieldsV1.Raw = []byte("{" + AnnotationRevision)
+			m.ManagedFields[0].FieldsV1.SetRawString("{" + AnnotationRevision)
 		}, false},
-		"our entry's fields are empty": {func(m *metav1.PartialObjectMetadata) { m.ManagedFields[0].FieldsV1.Raw = []byte("{}") }, false},
+		"our entry's fields are empty": {func(m *metav1.PartialObjectMetadata) { m.ManagedFields[0].FieldsV1.SetRawString("{}") }, false},
 		"the same, by update, not apply": {func(m *metav1.PartialObjectMetadata) {
 			m.ManagedFields[0].Operation = metav1.ManagedFieldsOperationUpdate
 		}, false},
@@ -324,7 +324,7 @@ func TestAnExpectationOfTwoOwnersNeedsBoth(t *testing.T) {
 	m := delivered(t)
 	m.OwnerReferences = append(m.OwnerReferences, refB().OwnerReference())
 	require.False(t, expectation.Met(ExistingOf(m)), "somebody else put it there, who may take it away")
-	m.ManagedFields[0].FieldsV1.Raw = []byte(fieldsOf(t, appliedPaths(uidA, uidB)...))
+	m.ManagedFields[0].FieldsV1.SetRawString(fieldsOf(t, appliedPaths(uidA, uidB)...))
 	require.True(t, expectation.Met(ExistingOf(m)))
 }
 
@@ -387,7 +387,7 @@ func (a adoption) ours(t *testing.T) *fieldpath.Set {
 		require.Equal(t, "FieldsV1", a.entries[i].FieldsType)
 		require.NotNil(t, a.entries[i].Time)
 		ours = &fieldpath.Set{}
-		require.NoError(t, ours.FromJSON(strings.NewReader(string(a.entries[i].FieldsV1.Raw))))
+		require.NoError(t, ours.FromJSON(a.entries[i].FieldsV1.GetRawReader()))
 	}
 	require.NotNil(t, ours)
 	return ours
@@ -416,13 +416,13 @@ func TestAdoptionTurnsWhatIMPSWroteIntoOurs(t *testing.T) {
 		"as IMPS leaves it": {func(*metav1.PartialObjectMetadata) {}, with(ownerPath(uidA)), nil, []string{annotation}},
 		"with labels and annotations of the spec": {func(m *metav1.PartialObjectMetadata) {
 			m.Labels["team"], m.Annotations["note"] = "x", "y"
-			m.ManagedFields[0].FieldsV1.Raw = []byte(impsFieldsWithMore)
+			m.ManagedFields[0].FieldsV1.SetRawString(impsFieldsWithMore)
 		}, with(ownerPath(uidA), labelPath("team"), annotationPath("note")), nil, []string{annotation}},
 		"with a user's entry beside it": {func(m *metav1.PartialObjectMetadata) {
 			m.ManagedFields = append([]metav1.ManagedFieldsEntry{kubectl}, m.ManagedFields...)
 		}, with(ownerPath(uidA)), []metav1.ManagedFieldsEntry{kubectl}, []string{annotation}},
 		"written by two of IMPS's executables": {func(m *metav1.PartialObjectMetadata) {
-			m.ManagedFields[0].FieldsV1.Raw = []byte(impsFieldsWithMore)
+			m.ManagedFields[0].FieldsV1.SetRawString(impsFieldsWithMore)
 			m.ManagedFields = append(m.ManagedFields, entry("imagepullsecrets", metav1.ManagedFieldsOperationUpdate, impsFields))
 		}, with(ownerPath(uidA), labelPath("team"), annotationPath("note")), nil, []string{annotation}},
 		"with its managedFields cleared": {func(m *metav1.PartialObjectMetadata) { m.ManagedFields = nil }, with(ownerPath(uidA)), nil, []string{annotation}},
@@ -461,7 +461,7 @@ func TestAdoptionTurnsWhatIMPSWroteIntoOurs(t *testing.T) {
 			require.ElementsMatch(t, test.others, a.entries[:len(test.others)])
 			require.Equal(t, test.removes, a.removes)
 
-			raw := string(a.entries[len(a.entries)-1].FieldsV1.Raw)
+			raw := a.entries[len(a.entries)-1].FieldsV1.GetRawString()
 			require.NotContains(t, raw, "last-applied")
 			require.NotContains(t, raw, `".":`)
 			for _, parent := range []string{"f:data", "f:metadata", "f:labels", "f:annotations", "f:ownerReferences"} {

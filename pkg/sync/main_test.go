@@ -6,10 +6,16 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	"sigs.k8s.io/yaml"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The second of them limits the rate of errors by one clock for the whole process, which
+	// the bubbles of synctest must not share.
+	utilruntime.ErrorHandlers = utilruntime.ErrorHandlers[:1]
+	goleak.VerifyTestMain(m)
+}
 
 // canary stands for a credential. No test may find it where things are printed.
 const canary = "canary-8c31f7-never-printed"

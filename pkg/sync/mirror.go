@@ -249,16 +249,21 @@ type observedListWatch[T any] struct{ m *Mirror[T] }
 
 func (o observedListWatch[T]) ListWithContext(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
 	list, err := cache.ToListerWithContext(o.m.config.ListWatch).ListWithContext(ctx, options)
-	o.m.observe(ctx, err)
+	if err != nil { // that it works again, the watch that follows says
+		o.m.observe(ctx, err)
+	}
 	return list, err
 }
 
 func (o observedListWatch[T]) WatchWithContext(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
 	w, err := cache.ToWatcherWithContext(o.m.config.ListWatch).WatchWithContext(ctx, options)
-	// A server without watch-list refuses the first watch, and the list comes next.
-	if err == nil || options.SendInitialEvents == nil {
-		o.m.observe(ctx, err)
+	if err != nil && options.SendInitialEvents != nil {
+		// A server without watch-list refuses the first watch, and the list comes next. So
+		// it shall after every error: for some of them the Reflector would rather wait and
+		// try again, where it neither returns nor heeds the end of ctx.
+		return nil, fmt.Errorf("watch-list: %s", Explain(err))
 	}
+	o.m.observe(ctx, err)
 	return w, err
 }
 

@@ -2,7 +2,6 @@ package sync
 
 import (
 	"encoding/json"
-	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -381,7 +380,7 @@ func FuzzCompileSelection(f *testing.F) {
 		}
 		again, _, err := CompileSelection(s.Namespaces, s.Pods)
 		require.NoError(t, err)
-		require.Equal(t, byRule, again.SelectsByRule(key, object, object), fmt.Sprintf("%s", raw))
+		require.Equal(t, byRule, again.SelectsByRule(key, object, object), string(raw))
 		require.Equal(t, byPod, again.MatchesPod(object, object))
 		for _, name := range s.Namespaces.Names {
 			require.True(t, selection.SelectsByRule(name, nil, nil))

@@ -146,11 +146,11 @@ func (d *demo) wait(ctx context.Context) error {
    kubectl get secrets -A --field-selector metadata.name=%s
 
    kubectl create namespace mine && kubectl label namespace mine pull=private   # gets the Secret
-   kubectl -n search label secret %[3]s images.banzaicloud.io/owner-uid-   # is put back
+   kubectl -n search delete secret %[3]s   # comes back
    kubectl -n %[4]s delete secret %[3]s   # the foreign one: then all is Ready
 
-   Where kubectl is missing, Go builds it from the module that the control plane is from:
-   alias kubectl='go run -C test/cluster/modules/kubernetes k8s.io/kubernetes/cmd/kubectl'
+   Where kubectl is missing: apt-get install --no-install-recommends -y kubernetes-client
+   or, for the resource only: go run ./test/demo get imps
 `, d.control.Kubeconfig(), resourceName, secretName, occupied)
 	for _, p := range d.processes {
 		d.say("   %-13s http://%s/metrics  %s", p.name, p.logged("metricsAddr"), p.log)

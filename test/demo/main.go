@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"syscall"
 )
 
@@ -20,7 +21,11 @@ func main() {
 	// SIGPIPE: whoever reads the output is gone, and there is still something to clean up.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	d := &demo{printer: printer{os.Stdout}, keep: os.Getenv("KEEP") == "1"}
-	code := d.play(ctx)
+	play := d.play
+	if slices.Equal(os.Args[1:], []string{"get", "imps"}) {
+		play = d.get
+	}
+	code := play(ctx)
 	stop()
 	os.Exit(code)
 }

@@ -62,7 +62,7 @@ func (d *demo) create(ctx context.Context) error {
 		}
 		d.note("Secret %s/%s has credentials for %s", sourceNamespace, source.Name, registry)
 	}
-	d.say("\n   | %s\n", strings.ReplaceAll(strings.TrimSpace(resource), "\n", "\n   | "))
+	d.say("\n   | %s", strings.ReplaceAll(strings.TrimSpace(resource), "\n", "\n   | "))
 	return d.control.Apply(ctx, []byte(resource))
 }
 

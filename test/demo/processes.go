@@ -58,7 +58,7 @@ func (d *demo) start(ctx context.Context) error {
 	if err := d.awaitStatus(ctx, v1alpha1.StatusReady, 0); err != nil {
 		return err
 	}
-	d.note("coordinator   token of ServiceAccount %s", coordinatorName)
+	d.say("   coordinator   token of ServiceAccount %s", coordinatorName)
 
 	daemonSet, err := d.client.AppsV1().DaemonSets(systemNamespace).Get(ctx, agentName, metav1.GetOptions{})
 	if err != nil {
@@ -72,7 +72,7 @@ func (d *demo) start(ctx context.Context) error {
 		if err := d.launch(ctx, "agent-"+node, token, daemonSet.Spec.Template.Spec, "NODE_NAME="+node); err != nil {
 			return err
 		}
-		d.note("agent-%s  token of ServiceAccount %s, bound to a Pod on %s", node, agentName, node)
+		d.say("   agent-%s  token of ServiceAccount %s, bound to a Pod on %s", node, agentName, node)
 	}
 	d.note("Each runs with the arguments that the chart gives it, and says that it is ready.")
 	return nil

@@ -4,11 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os"
 	"strings"
 	"text/tabwriter"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 )
@@ -46,24 +49,13 @@ func (d *demo) awaitStatus(ctx context.Context, status string, delivered int) er
 	})
 }
 
-// status shows what people see of the resource once all is delivered.
+// status shows the resource once all is delivered.
 func (d *demo) status(ctx context.Context) error {
 	if err := d.awaitStatus(ctx, v1alpha1.StatusReady, len(d.served)); err != nil {
 		return err
 	}
 	d.done(fmt.Sprintf("the resource says Ready, with %d namespaces", len(d.served)))
-	if err := d.showColumns(ctx); err != nil {
-		return err
-	}
-	status, err := d.readStatus(ctx)
-	if err != nil {
-		return err
-	}
-	d.say("")
-	for _, condition := range status.Conditions {
-		d.showCondition(condition)
-	}
-	return nil
+	return d.show(ctx)
 }
 
 // showColumns prints what kubectl would: it asks for the same table.
@@ -98,6 +90,35 @@ func (d *demo) showColumns(ctx context.Context) error {
 	_, _ = fmt.Fprintln(w, strings.TrimSuffix(line, "\t")) // see say
 	_ = w.Flush()
 	return nil
+}
+
+// get shows the resource of a demo that was kept, where KUBECONFIG says, and returns the exit code.
+func (d *demo) get(ctx context.Context) int {
+	config, err := clientcmd.BuildConfigFromFlags("", os.Getenv(clientcmd.RecommendedConfigPathEnvVar))
+	if err == nil {
+		d.client, err = kubernetes.NewForConfig(config)
+	}
+	if err == nil {
+		err = d.show(ctx)
+	}
+	if err != nil {
+		d.say("%v", err)
+		return 1
+	}
+	return 0
+}
+
+// show prints what people see of the resource.
+func (d *demo) show(ctx context.Context) error {
+	if err := d.showColumns(ctx); err != nil {
+		return err
+	}
+	status, err := d.readStatus(ctx)
+	d.say("")
+	for _, condition := range status.Conditions {
+		d.showCondition(condition)
+	}
+	return err
 }
 
 func (d *demo) showCondition(c metav1.Condition) {

@@ -218,10 +218,16 @@ func (d *demo) prune(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
+	reported := time.Since(answered)
+	select { // what is wrong would show within this time
+	case <-time.After(time.Second):
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	d.note("%s: its label is removed. The Secret stays: a Pod selects the namespace, too.", twoWays)
-	d.note("%s: its only Pod is deleted, and %.0f ms later the report of node-a no longer asks for it. The Secret stays, "+
+	d.note("%s: its only Pod is deleted, and %s ms later the report of node-a no longer asks for it. The Secret stays: "+
 		"by design for 60 s, in case the Pod is just being replaced. (The demo does not wait for that.)",
-		byPod, time.Since(answered).Seconds()*1000)
+		byPod, milliseconds(reported))
 	for _, name := range []string{twoWays, byPod} {
 		d.check("the Secret of "+name+" stays", 0, len(slices.DeleteFunc(d.watcher.in(name), func(s sighting) bool { return !deleted(s) })))
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http/httptest"
 	"slices"
@@ -54,6 +55,9 @@ type system struct {
 	metrics  *impsync.Metrics
 	// prefix starts the names of everything cluster-scoped that the test makes.
 	prefix string
+	// running is the last coordinator that was started, leader its identity.
+	running *process
+	leader  string
 	// kept is a namespace that stays selected, for tables.
 	kept string
 }
@@ -165,12 +169,20 @@ func (s *system) start(run func(context.Context) error, ready func() error) *pro
 		}
 	}}
 	s.t.Cleanup(p.stop)
-	s.eventually(func() error { return ready() }, "a duty does not become ready")
 	return p
 }
 
-// coordinator runs the cluster duty with the chart's identity.
+// coordinator runs the cluster duty with the chart's identity, and waits until it leads.
 func (s *system) coordinator(change ...func(*clusterduty.Config)) *process {
+	s.t.Helper()
+	p := s.standby(change...)
+	s.running = p
+	s.eventually(p.ready, "the coordinator does not lead")
+	return p
+}
+
+// standby runs the cluster duty and does not wait; ready tells whether it leads.
+func (s *system) standby(change ...func(*clusterduty.Config)) *process {
 	s.t.Helper()
 	token, err := s.control.Token(s.t.Context(), systemNamespace, "imps-coordinator")
 	require.NoError(s.t, err)
@@ -188,14 +200,14 @@ func (s *system) coordinator(change ...func(*clusterduty.Config)) *process {
 	}
 	c, err := clusterduty.New(config)
 	require.NoError(s.t, err)
+	if s.leader == "" {
+		s.leader = config.Identity
+	}
 	return s.start(c.Run, func() error {
-		if err := c.Ready(); err != nil {
-			return err
-		}
 		if !c.Leading() {
-			return fmt.Errorf("does not lead yet")
+			return errors.New("it does not lead")
 		}
-		return nil
+		return c.Ready()
 	})
 }
 
@@ -208,7 +220,9 @@ func (s *system) agent(nodeName string) *process {
 		Metrics: s.metrics, Registry: prometheus.NewRegistry(), Log: logger(),
 	})
 	require.NoError(s.t, err)
-	return s.start(a.Run, a.Ready)
+	p := s.start(a.Run, a.Ready)
+	s.eventually(p.ready, "the agent does not become ready")
+	return p
 }
 
 func (s *system) nodeToken(nodeName string) string {

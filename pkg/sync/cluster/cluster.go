@@ -50,8 +50,8 @@ const (
 	// DefaultDemandLinger is how long a namespace keeps its Secret after the last Pod
 	// that selected it is gone.
 	DefaultDemandLinger = time.Minute
-	// nodeGoneDelay is how long a report outlives its Node.
-	nodeGoneDelay = 10 * time.Minute
+	// DefaultReportLinger is how long a node report outlives its Node.
+	DefaultReportLinger = 10 * time.Minute
 
 	// Lease times: a dead leader is replaced after at most leaseDuration + retryPeriod.
 	leaseDuration = 15 * time.Second
@@ -80,6 +80,8 @@ type Config struct {
 	Identity string
 	// DemandLinger is DefaultDemandLinger where it is zero.
 	DemandLinger time.Duration
+	// ReportLinger is DefaultReportLinger where it is zero.
+	ReportLinger time.Duration
 	// Client is the connection to the API server, with the coordinator's own identity.
 	Client   *rest.Config
 	Metrics  *impsync.Metrics
@@ -116,6 +118,9 @@ func New(config Config) (*Coordinator, error) {
 	}
 	if config.DemandLinger == 0 {
 		config.DemandLinger = DefaultDemandLinger
+	}
+	if config.ReportLinger == 0 {
+		config.ReportLinger = DefaultReportLinger
 	}
 	c := &Coordinator{config: config, log: config.Log.With("duty", duty)}
 	connection, err := rest.HTTPClientFor(config.Client)
@@ -208,8 +213,7 @@ func (c *Coordinator) compete(ctx context.Context, recorder record.EventRecorder
 			LockConfig: resourcelock.ResourceLockConfig{Identity: c.config.Identity, EventRecorder: acquired},
 		},
 		LeaseDuration: leaseDuration, RenewDeadline: renewDeadline, RetryPeriod: retryPeriod,
-		ReleaseOnCancel: true,
-		Name:            LeaseName,
+		Name: LeaseName,
 		Callbacks: leaderelection.LeaderCallbacks{
 			OnStartedLeading: func(held context.Context) {
 				defer close(ended)
@@ -235,8 +239,29 @@ func (c *Coordinator) compete(ctx context.Context, recorder record.EventRecorder
 	elector.Run(election)
 	if acquired.Load() {
 		<-ended
+		if !errors.Is(termErr, errSuperseded) {
+			c.release(ctx)
+		}
 	}
 	return termErr
+}
+
+// release gives the Lease up, so that another coordinator need not wait until it expires.
+// The elector's own release goes by what it has observed last, and would take the Lease
+// from another leader that it has not seen yet; this one looks first.
+func (c *Coordinator) release(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.Grace)
+	defer cancel()
+	leases := c.leases.Leases(c.config.Namespace)
+	lease, err := leases.Get(ctx, LeaseName, metav1.GetOptions{})
+	if err == nil && lease.Spec.HolderIdentity != nil && *lease.Spec.HolderIdentity == c.config.Identity {
+		nobody, second, now := "", int32(1), metav1.NowMicro()
+		lease.Spec.HolderIdentity, lease.Spec.LeaseDurationSeconds, lease.Spec.RenewTime = &nobody, &second, &now
+		_, err = leases.Update(ctx, lease, metav1.UpdateOptions{FieldManager: impsync.FieldManager})
+	}
+	if err != nil {
+		c.log.Warn("cannot give the Lease up, it will expire", "error", impsync.Explain(err))
+	}
 }
 
 // acquisition is true once the Lease was acquired. The elector starts the term in a

@@ -166,7 +166,7 @@ func (t *term) checkReport(node string) {
 		return
 	}
 	if _, ok := t.nodes.Get(types.NamespacedName{Name: node}); !ok {
-		t.reportQueue.AddAfter(node, nodeGoneDelay)
+		t.reportQueue.AddAfter(node, t.config.ReportLinger)
 	}
 }
 

@@ -216,13 +216,15 @@ func (t *term) run(ctx context.Context) error {
 	t.metrics.reset()
 	defer t.metrics.reset()
 	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	t.stop = func(err error) { cancel(err) }
 	work, finish := impsync.WithGrace(ctx)
 	defer finish()
 
 	var extra sync.WaitGroup
-	defer extra.Wait()
+	defer func() {
+		cancel(nil)
+		extra.Wait()
+	}()
 	t.background = func(f func(context.Context)) context.CancelFunc {
 		ctx, cancel := context.WithCancel(ctx)
 		extra.Go(func() { f(ctx) })

@@ -223,11 +223,14 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.queue = workqueue.NewTypedRateLimitingQueueWithConfig(
 		workqueue.NewTypedItemExponentialFailureRateLimiter[string](50*time.Millisecond, time.Minute),
 		workqueue.TypedRateLimitingQueueConfig[string]{Name: "node-namespaces"})
+	ctx, cancel := context.WithCancel(ctx)
 	work, stop := impsync.WithGrace(ctx)
 	defer stop()
-
 	var watches sync.WaitGroup
-	defer watches.Wait()
+	defer func() {
+		cancel()
+		watches.Wait()
+	}()
 	a.watchNamespace = func(name string, ns *namespace) {
 		ctx, cancel := context.WithCancel(ctx)
 		ns.stop = cancel
