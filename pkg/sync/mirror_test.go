@@ -226,6 +226,12 @@ func (m *mirrored) content() map[string]int {
 	return content
 }
 
+// elapse lets time pass in a synctest bubble, and everything happen that happens until then.
+func elapse(d time.Duration) {
+	time.Sleep(d) //nolint:forbidigo // fake time
+	synctest.Wait()
+}
+
 // both runs a test on a server that streams its list and on one that does not.
 func both(t *testing.T, test func(t *testing.T, streams bool)) {
 	t.Helper()
@@ -313,7 +319,7 @@ func TestMirrorFindsOutWhatHappenedWhileItsWatchWasBroken(t *testing.T) {
 		m.told()
 		m.server.set(thing("a", 1), thing("c", 10), thing("d", 11))
 		m.server.breakWatch()
-		time.Sleep(time.Minute) //nolint:forbidigo // fake time: a reflector waits before it tries again
+		elapse(time.Minute)
 		require.ElementsMatch(t, []string{"a 1>1", "b 2>-", "c 3>10", "d ->11"}, m.told())
 		require.Equal(t, map[string]int{"a": 1, "c": 10, "d": 11}, m.content())
 		require.True(t, m.isSynced())
@@ -405,7 +411,7 @@ func TestAListIsTheTruthWhateverWasKnown(t *testing.T) {
 		m.told()
 		m.server.set(thing("a", 5), thing("c", 6))
 		m.server.breakWatch()
-		time.Sleep(time.Minute) //nolint:forbidigo // fake time
+		elapse(time.Minute)
 		require.ElementsMatch(t, []string{"a 90>5", "b 91>-", "c ->6"}, m.told())
 		m.server.watcher.Modify(thing("a", 7))
 		require.Equal(t, []string{"a 5>7"}, m.told())
@@ -419,14 +425,14 @@ func TestErrorsAreToldWhenTheyBeginAndEnd(t *testing.T) {
 		server := newMemory(streams, thing("a", 1))
 		server.fail(forbidden, forbidden)
 		m := watchIn(t, server, false)
-		time.Sleep(10 * time.Minute) //nolint:forbidigo // fake time
+		elapse(10 * time.Minute)
 		require.False(t, m.isSynced())
 		require.ErrorIs(t, m.Err(), forbidden)
 		require.Equal(t, []error{forbidden}, m.errs)
 		require.Greater(t, server.lists, 5)
 
 		server.fail(nil, nil)
-		time.Sleep(2 * time.Minute) //nolint:forbidigo // fake time
+		elapse(2 * time.Minute)
 		require.True(t, m.isSynced())
 		require.NoError(t, m.Err())
 		require.Equal(t, []error{forbidden, nil}, m.errs)
@@ -434,13 +440,13 @@ func TestErrorsAreToldWhenTheyBeginAndEnd(t *testing.T) {
 
 		server.fail(apierrors.NewInternalError(errors.New("x")), forbidden)
 		server.breakWatch()
-		time.Sleep(10 * time.Minute) //nolint:forbidigo // fake time
+		elapse(10 * time.Minute)
 		require.Len(t, m.errs, 3)
 		require.Error(t, m.errs[2])
 		require.Error(t, m.Err())
 		require.Equal(t, map[string]int{"a": 1}, m.content(), "what it had, it keeps")
 		server.fail(nil, nil)
-		time.Sleep(2 * time.Minute) //nolint:forbidigo // fake time
+		elapse(2 * time.Minute)
 		require.Len(t, m.errs, 4)
 		require.NoError(t, m.errs[3])
 
@@ -462,14 +468,14 @@ func TestAWatchThatIsRefusedAfterEveryListIsOneError(t *testing.T) {
 		server := newMemory(false, thing("a", 1))
 		server.fail(nil, forbidden)
 		m := watchIn(t, server, false)
-		time.Sleep(10 * time.Minute) //nolint:forbidigo // fake time
+		elapse(10 * time.Minute)
 		require.True(t, m.isSynced())
 		require.Greater(t, server.lists, 5)
 		require.Equal(t, []error{forbidden}, m.errs)
 		require.ErrorIs(t, m.Err(), forbidden)
 		require.Equal(t, 1, strings.Count(m.log.String(), "\n"), m.log.String())
 		server.fail(nil, nil)
-		time.Sleep(2 * time.Minute) //nolint:forbidigo // fake time
+		elapse(2 * time.Minute)
 		require.Equal(t, []error{forbidden, nil}, m.errs)
 	})
 }
@@ -501,7 +507,7 @@ func TestAServerThatIsAwayFromTheStartIsAnErrorAndHoldsNothingUp(t *testing.T) {
 				server := newMemory(true, thing("a", 1))
 				server.fail(err, err)
 				m := watchIn(t, server, false)
-				time.Sleep(5 * time.Minute) //nolint:forbidigo // fake time
+				elapse(5 * time.Minute)
 				require.Len(t, m.errs, 1)
 				require.Error(t, m.Err())
 				require.Contains(t, m.log.String(), "watch failed")
@@ -522,9 +528,9 @@ func TestAServerThatComesBackIsUsedAgain(t *testing.T) {
 		server := newMemory(streams, thing("a", 1))
 		server.fail(away, away)
 		m := watchIn(t, server, false)
-		time.Sleep(time.Minute) //nolint:forbidigo // fake time
+		elapse(time.Minute)
 		server.fail(nil, nil)
-		time.Sleep(time.Minute) //nolint:forbidigo // fake time
+		elapse(time.Minute)
 		require.True(t, m.isSynced())
 		require.Equal(t, []string{"a ->1"}, m.told())
 		require.NoError(t, m.Err())

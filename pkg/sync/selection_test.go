@@ -308,7 +308,7 @@ func TestAnnotationsMatchAsLabelsDoWhereBothCanBe(t *testing.T) {
 		return m
 	}
 	matched, refused := 0, 0
-	for range 20_000 {
+	for range 10_000 {
 		annotation := v1alpha1.AnnotationSelector{MatchAnnotations: some(2)}
 		label := metav1.LabelSelector{MatchLabels: maps.Clone(annotation.MatchAnnotations)}
 		for range random.IntN(3) {
@@ -342,8 +342,8 @@ func TestAnnotationsMatchAsLabelsDoWhereBothCanBe(t *testing.T) {
 			}
 		}
 	}
-	require.Greater(t, matched, 5_000, "the samples say something")
-	require.Greater(t, refused, 500, "the samples say something")
+	require.Greater(t, matched, 2_500, "the samples say something")
+	require.Greater(t, refused, 250, "the samples say something")
 }
 
 func FuzzCompileSelection(f *testing.F) {

@@ -97,7 +97,7 @@ func install(ctx context.Context) error {
 
 // output runs a program, and returns what it printed.
 func output(ctx context.Context, name string, args ...string) ([]byte, error) {
-	command := exec.CommandContext(ctx, name, args...) //nolint:gosec // the tests' own programs
+	command := exec.CommandContext(ctx, name, args...)
 	var stderr bytes.Buffer
 	command.Stderr = &stderr
 	out, err := command.Output()

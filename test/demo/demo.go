@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -22,12 +21,13 @@ const (
 // demo is one run.
 type demo struct {
 	printer
+	step    int
 	keep    bool // leave everything running until Ctrl-C
 	waiting bool // for that Ctrl-C
 
 	control   *cluster.Cluster
 	client    *kubernetes.Clientset
-	dir       string // temporary; holds the binary, the kubeconfigs and the logs
+	dir       string // holds the binary, the kubeconfigs and the logs
 	binary    string
 	processes []*process
 	died      context.CancelCauseFunc // ends the run when a process ends on its own
@@ -81,7 +81,7 @@ func (d *demo) play(signalled context.Context) int {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx) // a process that ended, which is why the step failed
 		}
-		d.failed(check{name: "all steps are done", want: "no error", seen: err.Error()})
+		d.failed(check{name: fmt.Sprintf("step %d is done", d.step), want: "no error", seen: err.Error()})
 	}
 	d.cleanUp(interrupted)
 	if interrupted {
@@ -92,7 +92,8 @@ func (d *demo) play(signalled context.Context) int {
 
 func (d *demo) playSteps(ctx context.Context) error {
 	for i, step := range d.steps() {
-		d.say("\n%d. %s", i+1, step.title)
+		d.step = i + 1
+		d.say("\n%d. %s", d.step, step.title)
 		if err := step.run(ctx); err != nil {
 			return err
 		}
@@ -106,19 +107,16 @@ func (d *demo) cleanUp(interrupted bool) {
 	if d.watcher != nil {
 		d.watcher.stop()
 	}
-	var errs []error
-	if d.control != nil {
-		errs = append(errs, d.control.Stop())
+	if d.control == nil {
+		return
 	}
-	if d.dir != "" {
-		errs = append(errs, os.RemoveAll(d.dir))
-	}
-	if err := errors.Join(errs...); err != nil {
+	if err := d.control.Stop(); err != nil {
 		d.failed(check{name: "everything is stopped and removed", want: "no error", seen: err.Error()})
 	}
 }
 
-// boot starts the control plane and makes the folder for all that the demo needs besides.
+// boot starts the control plane and makes a folder for all that the demo needs besides: in the
+// cluster's own, which goes with it, at the latest when the next one starts.
 func (d *demo) boot(ctx context.Context) error {
 	d.note("etcd, kube-apiserver and kube-controller-manager; the first run builds them (about 10 minutes)")
 	begin := time.Now()
@@ -126,8 +124,8 @@ func (d *demo) boot(ctx context.Context) error {
 	if d.control, err = cluster.Run(ctx, cluster.WithProgress(d.out)); err != nil {
 		return err
 	}
-	if d.dir, err = os.MkdirTemp("", "imps-demo-"); err != nil {
-		return fmt.Errorf("create a temporary folder: %w", err)
+	if d.dir, err = os.MkdirTemp(d.control.Dir(), "demo-"); err != nil {
+		return fmt.Errorf("create a folder: %w", err)
 	}
 	d.client = d.control.Client()
 	version, err := d.client.Discovery().ServerVersion()

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"os"
@@ -24,23 +23,24 @@ const (
 // install builds the binary and applies the chart. The workloads in it stay objects, since there is
 // no kubelet: the demo runs the same binary with the same arguments itself.
 func (d *demo) install(ctx context.Context) error {
+	d.note("cmd/imps-node and helm; the first run compiles what both need (some minutes)")
 	begin := time.Now()
-	root, err := output(ctx, "", "go", "list", "-m", "-f", "{{.Dir}}", "github.com/imps-node/imps")
+	root, err := d.output(ctx, "", "go", "list", "-m", "-f", "{{.Dir}}", "github.com/imps-node/imps")
 	if err != nil {
 		return err
 	}
 	d.binary = filepath.Join(d.dir, "imps-node")
-	if _, err := output(ctx, root, "go", "build", "-trimpath", "-buildvcs=false", "-o", d.binary, "./cmd/imps-node"); err != nil {
+	if _, err := d.output(ctx, root, "go", "build", "-trimpath", "-buildvcs=false", "-o", d.binary, "./cmd/imps-node"); err != nil {
 		return err
 	}
 	d.note("cmd/imps-node is built after %.1f s", time.Since(begin).Seconds())
 
 	begin = time.Now()
-	helm, err := output(ctx, root, filepath.Join(root, "hack", "tool"), "helm")
+	helm, err := d.output(ctx, root, filepath.Join(root, "hack", "tool"), "helm")
 	if err != nil {
 		return err
 	}
-	manifests, err := output(ctx, root, helm, "template", "imps-node", "deploy/daemonset", "--include-crds",
+	manifests, err := d.output(ctx, root, helm, "template", "imps-node", "deploy/daemonset", "--include-crds",
 		"--namespace", systemNamespace, "--set", "createNamespaces.release=true,createNamespaces.sources=true")
 	if err != nil {
 		return err
@@ -52,17 +52,17 @@ func (d *demo) install(ctx context.Context) error {
 	return nil
 }
 
-// output runs a program in a folder and returns what it prints.
-func output(ctx context.Context, folder, program string, args ...string) (string, error) {
+// output runs a program in a folder and returns what it prints; what it says besides, the audience
+// sees.
+func (d *demo) output(ctx context.Context, folder, program string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, program, args...) //nolint:gosec // the go tool, and programs of this repository
 	cmd.Dir = folder
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Stderr = d.out
 	cmd.WaitDelay = 5 * time.Second // what it started itself may hold its output open
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("%s %s: %w: %s", filepath.Base(program), args[0], err, strings.TrimSpace(stderr.String()))
+		return "", fmt.Errorf("%s %s: %w", filepath.Base(program), args[0], err)
 	}
 	return strings.TrimSpace(string(out)), nil
 }

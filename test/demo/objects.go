@@ -5,6 +5,8 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -89,6 +91,19 @@ func passwordsIn(secret *corev1.Secret) passwords {
 		found[registry] = entry.Password
 	}
 	return found
+}
+
+// describe tells of credentials without telling them.
+func (d *demo) describe(found passwords) string {
+	var text []string
+	for _, registry := range slices.Sorted(maps.Keys(found)) {
+		which := "an outdated"
+		if found[registry] == d.passwords[registry] {
+			which = "the current"
+		}
+		text = append(text, which+" password for "+registry)
+	}
+	return strings.Join(text, ", ")
 }
 
 // newNamespace creates a namespace.

@@ -94,9 +94,9 @@ func (d *demo) launch(ctx context.Context, name, token string, pod corev1.PodSpe
 	// It outlives the steps, and is stopped when they are over.
 	lifetime, stop := context.WithCancel(context.WithoutCancel(ctx))
 	p.stop = stop
-	// Any free ports; the log says which. The two addresses may not be spelled alike.
+	// Any free ports; the log says which.
 	args := append(pod.Containers[0].Args,
-		"--kubeconfig="+kubeconfig, "--metrics-addr=127.0.0.1:0", "--health-addr=localhost:0", "--log-format=text")
+		"--kubeconfig="+kubeconfig, "--metrics-addr=127.0.0.1:0", "--health-addr=127.0.0.1:0", "--log-format=text")
 	p.cmd = exec.CommandContext(lifetime, d.binary, args...) //nolint:gosec // the binary that was just built
 	p.cmd.Dir = d.dir
 	p.cmd.Stdout, p.cmd.Stderr = log, log

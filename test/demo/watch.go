@@ -95,7 +95,10 @@ type sightings []sighting
 
 // String tells the kinds only: what a Secret holds is not for people.
 func (all sightings) String() string {
-	kinds := []string{}
+	if len(all) == 0 {
+		return "nothing at the watcher"
+	}
+	kinds := make([]string, 0, len(all))
 	for _, s := range all {
 		kinds = append(kinds, string(s.kind))
 	}

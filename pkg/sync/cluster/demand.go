@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -95,14 +96,11 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 		t.log.Warn("cannot read a node report, going on with its last readable form", "report", key.Name, "error", current.err)
 		return
 	}
-	node, report := "", (*impsync.Report)(nil)
-	switch {
-	case current != nil:
-		node, report = current.report.Node, &current.report
-	case old.err == nil:
-		node = old.report.Node
-	default:
-		return
+	// A report that could be read names the node that its name does; one that could not be
+	// at last ends what it said before.
+	node, report := strings.TrimPrefix(key.Name, impsync.ReportName("")), (*impsync.Report)(nil)
+	if current != nil {
+		report = &current.report
 	}
 	t.mu.Lock()
 	for _, changed := range t.demand.replace(node, report, time.Now()) {

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -238,10 +239,11 @@ func (p *planner) planNamespaces(ctx context.Context, alongside []*v1alpha1.Imag
 // resources that want the same Secret, by name.
 func claimants(inCluster map[string]*v1alpha1.ImagePullSecret, alongside []*v1alpha1.ImagePullSecret, r *v1alpha1.ImagePullSecret) (self impsync.ResourceRef, others []*v1alpha1.ImagePullSecret) {
 	all := maps.Clone(inCluster)
-	now := metav1.Now().Rfc3339Copy()
+	// Creation times are whole seconds; a new resource is younger than all that are there.
+	next := metav1.NewTime(time.Now().Truncate(time.Second).Add(time.Second))
 	for _, planned := range append(slices.Clone(alongside), r) {
 		planned = planned.DeepCopy()
-		planned.UID, planned.CreationTimestamp, planned.DeletionTimestamp = "", now, nil
+		planned.UID, planned.CreationTimestamp, planned.DeletionTimestamp = "", next, nil
 		if was := inCluster[planned.Name]; was != nil {
 			planned.UID, planned.CreationTimestamp, planned.DeletionTimestamp = was.UID, was.CreationTimestamp, was.DeletionTimestamp
 		}
@@ -359,10 +361,10 @@ func (p *planner) judge(view *clusterView, claim *plannedClaim) {
 		p.result.Namespaces = append(p.result.Namespaces, planned)
 	}
 	if excludedCount > 0 {
-		p.note("%d of the namespaces are in --excluded-namespaces (%s), and get nothing", excludedCount, strings.Join(p.config.Excluded, ", "))
+		p.note("namespaces that get nothing, as --excluded-namespaces (%s) has them: %d", strings.Join(p.config.Excluded, ", "), excludedCount)
 	}
 	if terminatingCount > 0 {
-		p.note("%d of the namespaces are being deleted, and get nothing", terminatingCount)
+		p.note("namespaces that get nothing, as they are being deleted: %d", terminatingCount)
 	}
 	for _, name := range claim.names {
 		if _, ok := view.namespaces[name]; !ok && view.complete {

@@ -1,0 +1,244 @@
+package cluster
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/record"
+	"k8s.io/client-go/util/workqueue"
+	"sigs.k8s.io/structured-merge-diff/v6/fieldpath"
+	"sigs.k8s.io/yaml"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	"github.com/imps-node/imps/pkg/dockerconfig"
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+func TestMain(m *testing.M) {
+	// The second of them limits the rate of errors by one clock for the whole process, which
+	// the bubbles of synctest must not share.
+	utilruntime.ErrorHandlers = utilruntime.ErrorHandlers[:1]
+	goleak.VerifyTestMain(m)
+}
+
+// canary stands for a credential. No test may find it where things are printed.
+const canary = "canary-8c31f7-never-printed"
+
+// requireSilent fails where a text holds the canary, in clear or in base64 at any offset.
+func requireSilent(t *testing.T, text string) {
+	t.Helper()
+	require.NotContains(t, text, canary)
+	for offset := range 3 {
+		encoded := base64.StdEncoding.EncodeToString([]byte("xx"[:offset] + canary))
+		require.NotContains(t, text, encoded[4:len(encoded)-4])
+	}
+}
+
+// newTestTerm returns a term that knows nothing. Nothing in it runs, and its clients have
+// no server: what a test is about must not call any.
+func newTestTerm(t *testing.T) *term {
+	t.Helper()
+	c, err := New(Config{
+		Namespace: "imps-system", RenderedNamespace: "imps-rendered", Identity: "test",
+		TargetSecretNames: []string{"pull", "other"}, SourceNamespaces: []string{"registry-access"},
+		Excluded: impsync.Exclusion{"kube-*"},
+		Client:   &rest.Config{Host: "http://127.0.0.1:1"},
+		Registry: prometheus.NewRegistry(), Log: slog.New(slog.DiscardHandler),
+	})
+	require.NoError(t, err)
+	term := newTerm(c, record.NewFakeRecorder(100))
+	term.started = true
+	t.Cleanup(func() {
+		term.resourceQueue.ShutDown()
+		term.targetQueue.ShutDown()
+		term.statusQueue.ShutDown()
+		term.reportQueue.ShutDown()
+	})
+	return term
+}
+
+// drain takes what is ready out of a queue, sorted as text.
+func drain[K comparable](queue workqueue.TypedRateLimitingInterface[K], text func(K) string) []string {
+	var items []string
+	for queue.Len() > 0 {
+		item, _ := queue.Get()
+		queue.Done(item)
+		items = append(items, text(item))
+	}
+	slices.Sort(items)
+	return items
+}
+
+func (t *term) queuedTargets() []string {
+	return drain(t.targetQueue, targetKey.String)
+}
+
+func (t *term) queuedResources() []string {
+	return drain(t.resourceQueue, func(uid types.UID) string { return string(uid) })
+}
+
+func (t *term) queuedStatuses() []string {
+	return drain(t.statusQueue, func(uid types.UID) string { return string(uid) })
+}
+
+// noon is when the oldest of all test resources was created.
+var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+// resource returns an ImagePullSecret that was created so many minutes after noon. Its UID
+// is "uid-" and its name.
+func resource(t *testing.T, name string, minutes int, target string) *v1alpha1.ImagePullSecret {
+	t.Helper()
+	r := &v1alpha1.ImagePullSecret{ObjectMeta: metav1.ObjectMeta{
+		Name: name, UID: types.UID("uid-" + name), Generation: 1,
+		CreationTimestamp: metav1.NewTime(noon.Add(time.Duration(minutes) * time.Minute)),
+	}}
+	require.NoError(t, yaml.UnmarshalStrict([]byte(target), &r.Spec.Target))
+	return r
+}
+
+// renderedAt is the rendered form of a resource at a counter.
+func renderedAt(t *testing.T, r *v1alpha1.ImagePullSecret, counter uint64) impsync.Rendered {
+	t.Helper()
+	target, err := impsync.NewTarget(impsync.RefOf(r), r.Spec.Target.Secret, counter, dockerconfig.NewSensitive(`{"auths":{"r.io":{"password":"`+canary+`"}}}`))
+	require.NoError(t, err)
+	return impsync.Rendered{Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods, Target: target}
+}
+
+// claimOf puts a resource in force that was rendered at a counter.
+func (t *term) claimOf(tt *testing.T, r *v1alpha1.ImagePullSecret, counter uint64) *claim {
+	tt.Helper()
+	c := newClaim(r, renderedAt(tt, r, counter))
+	c.unread = false
+	c.generation = r.Generation
+	t.byUID[r.UID] = r
+	t.claims[r.UID] = c
+	name := r.Spec.Target.Secret.Name
+	if t.byTarget[name] == nil {
+		t.byTarget[name] = map[types.UID]*claim{}
+	}
+	t.byTarget[name][r.UID] = c
+	return c
+}
+
+// applied is the metadata of the Secret that an apply of a target leaves behind.
+func applied(t *testing.T, namespace string, target impsync.Target) *metav1.PartialObjectMetadata {
+	t.Helper()
+	var s corev1.Secret
+	require.NoError(t, json.Unmarshal(target.Body(""), &s))
+	fields := fieldpath.NewSet(fieldpath.MakePathOrDie("type"), fieldpath.MakePathOrDie("data", corev1.DockerConfigJsonKey))
+	for key := range s.Labels {
+		fields.Insert(fieldpath.MakePathOrDie("metadata", "labels", key))
+	}
+	for key := range s.Annotations {
+		fields.Insert(fieldpath.MakePathOrDie("metadata", "annotations", key))
+	}
+	for _, owner := range s.OwnerReferences {
+		fields.Insert(fieldpath.MakePathOrDie("metadata", "ownerReferences", fieldpath.KeyByFields("uid", string(owner.UID))))
+	}
+	raw, err := fields.ToJSON()
+	require.NoError(t, err)
+	m := &metav1.PartialObjectMetadata{ObjectMeta: s.ObjectMeta}
+	m.Namespace, m.UID, m.ResourceVersion = namespace, types.UID("secret-in-"+namespace), "100"
+	m.ManagedFields = []metav1.ManagedFieldsEntry{{
+		Manager: impsync.FieldManager, Operation: metav1.ManagedFieldsOperationApply, APIVersion: "v1", FieldsType: "FieldsV1",
+		FieldsV1: metav1.NewFieldsV1(string(raw)),
+	}}
+	return m
+}
+
+// mirrorOf has the term know these Secrets, and no others, as those of a name.
+func (t *term) mirrorOf(tt *testing.T, name string, secrets ...*metav1.PartialObjectMetadata) {
+	tt.Helper()
+	list := &metav1.PartialObjectMetadataList{ListMeta: metav1.ListMeta{ResourceVersion: "1"}}
+	for _, m := range secrets {
+		require.Equal(tt, name, m.Name)
+		list.Items = append(list.Items, *m)
+	}
+	t.targets[name] = synced(tt, impsync.MirrorConfig[impsync.Existing]{
+		Name: "Secrets named " + name, Example: &metav1.PartialObjectMetadata{}, Log: t.log,
+		Convert: func(o runtime.Object) impsync.Existing { return impsync.ExistingOf(o.(*metav1.PartialObjectMetadata)) },
+		Newer:   func(a, b impsync.Existing) bool { return newer(a.ResourceVersion, b.ResourceVersion) },
+	}, list)
+}
+
+// synced returns a Mirror that has read a list and then lost its server.
+func synced[T any](t *testing.T, config impsync.MirrorConfig[T], list runtime.Object) *impsync.Mirror[T] {
+	t.Helper()
+	config.ListWatch = &cache.ListWatch{
+		ListWithContextFunc: func(context.Context, metav1.ListOptions) (runtime.Object, error) { return list, nil },
+		WatchFuncWithContext: func(_ context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			if options.SendInitialEvents != nil {
+				return nil, errors.New("not supported")
+			}
+			return watch.NewFake(), nil
+		},
+	}
+	mirror := impsync.NewMirror(config)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		mirror.Run(ctx)
+	}()
+	<-mirror.Synced()
+	cancel()
+	<-done
+	return mirror
+}
+
+// namespace has the term know a namespace.
+func (t *term) namespace(name string, labels map[string]string) {
+	t.namespaces.Put(types.NamespacedName{Name: name}, namespaceMeta{labels: labels})
+}
+
+// node has the term know a node, and its report where there is one.
+func (t *term) node(name string, reports bool) {
+	t.nodes.Put(types.NamespacedName{Name: name}, struct{}{})
+	if reports {
+		t.reports.Put(types.NamespacedName{Namespace: t.config.Namespace, Name: impsync.ReportName(name)},
+			reportObject{report: impsync.Report{Node: name}})
+	}
+}
+
+// configOf returns a config with one password for each registry: "registry=password".
+func configOf(t *testing.T, registries ...string) dockerconfig.Config {
+	t.Helper()
+	var entries []dockerconfig.Entry
+	for _, registry := range registries {
+		key, password, _ := strings.Cut(registry, "=")
+		entries = append(entries, dockerconfig.Entry{
+			Key: dockerconfig.NewSensitive(key), Username: dockerconfig.NewSensitive("u"), Password: dockerconfig.NewSensitive(password),
+		})
+	}
+	config, err := dockerconfig.New(entries...)
+	require.NoError(t, err)
+	return config
+}
+
+// plain is the inverse of configOf.
+func plain(config dockerconfig.Config) []string {
+	var registries []string
+	for _, e := range config.Entries() {
+		registries = append(registries, e.Key.Reveal()+"="+e.Password.Reveal())
+	}
+	slices.Sort(registries)
+	return registries
+}
