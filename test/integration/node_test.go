@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
@@ -342,4 +343,42 @@ func TestNodesWithoutAnAgentAreCounted(t *testing.T) {
 	s.says(s.prefix, "SecretsReady", "1 of 2 nodes have no agent")
 	s.agent("node-b")
 	s.saysNot(s.prefix, "SecretsReady", "no agent")
+}
+
+// Where a node was quiet, its report of new demand is written while it creates the Secret:
+// the coordinator must not write it a second time.
+func TestAPodOnAQuietNodeCostsOneWriteOfItsSecret(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	s.agent("node-a")
+	s.resource(s.prefix, spec(podRules(s.prefix)))
+	for range 3 {
+		s.eventually(func() error {
+			for _, e := range s.requests(0, "agent/node-a") {
+				if e.Resource == "configmaps" && e.Verb == "patch" && time.Since(e.Received) < 1500*time.Millisecond {
+					return fmt.Errorf("a report was written a moment ago")
+				}
+			}
+			return nil
+		}, "the node does not become quiet")
+		mark := control.Audit().Mark()
+		namespace := s.namespace(nil, nil)
+		s.pod(namespace, "node-a", map[string]string{s.prefix: "a"}, nil)
+		s.has(namespace, "registry.one")
+		s.eventually(func() error {
+			if len(s.demands(namespace)) == 0 {
+				return fmt.Errorf("no demand")
+			}
+			return nil
+		}, "no demand")
+		s.becomes(s.prefix, func(status v1alpha1.ImagePullSecretStatus) error {
+			if !slices.Contains(status.ManagedNamespaces, namespace) {
+				return fmt.Errorf("%s is not among them", namespace)
+			}
+			return nil
+		})
+		require.Len(t, s.secretWrites(mark, "agent/node-a"), 1)
+		require.Empty(t, s.secretWrites(mark, "coordinator"))
+	}
 }

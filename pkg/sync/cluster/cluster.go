@@ -53,6 +53,10 @@ const (
 	// DefaultReportLinger is how long a node report outlives its Node.
 	DefaultReportLinger = 10 * time.Minute
 
+	// demandDelay is how long new demand waits: the node that reports it is creating the
+	// Secret just then, and a second write would be for nothing.
+	demandDelay = 250 * time.Millisecond
+
 	// Lease times: a dead leader is replaced after at most leaseDuration + retryPeriod.
 	leaseDuration = 15 * time.Second
 	renewDeadline = 10 * time.Second
@@ -99,7 +103,7 @@ type Coordinator struct {
 	secrets  *impsync.Secrets
 	images   rest.Interface
 	metrics  *metrics
-	// standby: it waits for the Lease. synced: it leads and has read everything.
+	// standby: another leads. synced: it leads and has read everything.
 	standby atomic.Bool
 	synced  atomic.Bool
 }
@@ -159,7 +163,7 @@ func New(config Config) (*Coordinator, error) {
 	return c, nil
 }
 
-// Ready returns nil where the coordinator waits for the Lease, or leads and has read
+// Ready returns nil where the coordinator has seen another lead, or leads and has read
 // everything that it decides from.
 func (c *Coordinator) Ready() error {
 	if c.standby.Load() || c.synced.Load() {
@@ -230,12 +234,16 @@ func (c *Coordinator) compete(ctx context.Context, recorder record.EventRecorder
 				c.log.Info("no longer leading", "identity", c.config.Identity, "cause", cause(ctx, held, termErr))
 			},
 			OnStoppedLeading: func() {},
+			OnNewLeader: func(identity string) {
+				if identity != c.config.Identity {
+					c.standby.Store(true)
+				}
+			},
 		},
 	})
 	if err != nil {
 		return fmt.Errorf("leader election: %w", err)
 	}
-	c.standby.Store(true)
 	elector.Run(election)
 	if acquired.Load() {
 		<-ended

@@ -105,7 +105,7 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 	t.mu.Lock()
 	for _, changed := range t.demand.replace(node, report, time.Now()) {
 		if claim := t.claims[changed.uid]; claim != nil {
-			t.enqueueTarget(targetKey{changed.namespace, claim.rendered.Target.Name()})
+			t.targetQueue.AddAfter(targetKey{changed.namespace, claim.rendered.Target.Name()}, demandDelay)
 		}
 	}
 	t.mu.Unlock()

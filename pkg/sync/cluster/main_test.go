@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
@@ -241,4 +242,9 @@ func plain(config dockerconfig.Config) []string {
 	}
 	slices.Sort(registries)
 	return registries
+}
+
+// sprintAll prints a value in every way.
+func sprintAll(value any) string {
+	return fmt.Sprintf("%v\n%+v\n%#v\n%s\n%x", value, value, value, value, value)
 }

@@ -42,6 +42,8 @@ type claim struct {
 	unread bool
 	// statusWritten is when the status was last written.
 	statusWritten time.Time
+	// told is the cause of the last Event about each condition.
+	told map[string]string
 	// reported is the revision that was Ready when the status was last written.
 	reported uint64
 }

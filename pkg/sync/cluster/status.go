@@ -27,6 +27,8 @@ const (
 	statusInterval = time.Second
 	// listedMax is how many single causes a message names.
 	listedMax = 3
+	// messageMax is how many bytes of a message a condition holds.
+	messageMax = 4096
 )
 
 // Reasons of Events, as banzaicloud/imps names them.
@@ -132,7 +134,7 @@ func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
 			t.byUID[uid] = &written
 		}
 	})
-	t.emit(r, status, s)
+	t.emit(r, c, status, s)
 	return nil
 }
 
@@ -156,6 +158,7 @@ func (t *term) statusOf(r *v1alpha1.ImagePullSecret, c *claim, s summary) v1alph
 	conditions = append([]metav1.Condition{ready(conditions)}, conditions...)
 	for _, condition := range conditions {
 		condition.ObservedGeneration = c.generation
+		condition.Message = bounded(condition.Message)
 		// Keeps the time of the last transition where there is none.
 		if was := meta.FindStatusCondition(r.Status.Conditions, condition.Type); was != nil && was.Status == condition.Status {
 			condition.LastTransitionTime = was.LastTransitionTime
@@ -253,6 +256,15 @@ func listed(all []string) string {
 	return fmt.Sprintf("%s; and %d more", strings.Join(all[:listedMax], "; "), len(all)-listedMax)
 }
 
+// bounded cuts a message that quotes too much of a spec: the API server would refuse it,
+// and the whole status with it.
+func bounded(message string) string {
+	if len(message) <= messageMax {
+		return message
+	}
+	return strings.ToValidUTF8(message[:messageMax], "") + "..."
+}
+
 // writeStatus replaces the whole status, whoever wrote it before, unless the resource is
 // another by now.
 func (t *term) writeStatus(ctx context.Context, r *v1alpha1.ImagePullSecret, status v1alpha1.ImagePullSecretStatus) error {
@@ -269,30 +281,43 @@ func (t *term) writeStatus(ctx context.Context, r *v1alpha1.ImagePullSecret, sta
 		Param("fieldManager", impsync.FieldManager).Body(patch).Do(ctx).Error()
 }
 
-// emit tells of what has changed for better or worse.
-func (t *term) emit(r *v1alpha1.ImagePullSecret, status v1alpha1.ImagePullSecretStatus, s summary) {
+// emit tells of what has changed for better or worse. The same cause is told once, however
+// the numbers around it change.
+func (t *term) emit(r *v1alpha1.ImagePullSecret, c *claim, status v1alpha1.ImagePullSecretStatus, s summary) {
 	if status.Status == v1alpha1.StatusReady && r.Status.LastSuccessfulReconciliation == nil {
 		t.recorder.Event(r, corev1.EventTypeNormal, eventReconciled, status.Conditions[0].Message)
 	}
-	for _, condition := range status.Conditions {
+	for _, condition := range status.Conditions[1:] { // the first only sums them up
+		reason, cause := eventOf(condition, s)
+		t.mu.Lock()
+		told := c.told[condition.Type]
+		if c.told == nil {
+			c.told = map[string]string{}
+		}
+		c.told[condition.Type] = cause
+		t.mu.Unlock()
 		was := meta.FindStatusCondition(r.Status.Conditions, condition.Type)
-		if condition.Status != metav1.ConditionFalse || was != nil && was.Message == condition.Message {
+		if cause == "" || cause == told || was != nil && was.Message == condition.Message {
 			continue
 		}
-		reason := ""
-		switch {
-		case condition.Type == v1alpha1.ConditionReady:
-			continue // the others say why
-		case condition.Type == v1alpha1.ConditionSourcesReady:
-			reason = eventSources
-		case condition.Type == v1alpha1.ConditionSecretsReady && condition.Reason == reasonFailed && len(s.failed) > 0:
-			reason = eventSecrets
-		case condition.Type == v1alpha1.ConditionSecretsReady && condition.Reason == reasonFailed:
-			reason = eventSecretDeletion
-		default:
-			reason = eventFailed
-		}
 		t.recorder.Event(r, corev1.EventTypeWarning, reason, condition.Message)
+	}
+}
+
+// eventOf returns the reason of the Event about a condition, and what caused it, without
+// numbers; no cause where the condition is not false.
+func eventOf(condition metav1.Condition, s summary) (reason, cause string) {
+	switch {
+	case condition.Status != metav1.ConditionFalse:
+		return "", ""
+	case condition.Type == v1alpha1.ConditionSourcesReady:
+		return eventSources, condition.Message
+	case condition.Reason == reasonFailed && len(s.failed) > 0:
+		return eventSecrets, strings.Join(s.failed[:min(len(s.failed), listedMax)], "; ")
+	case condition.Reason == reasonFailed && len(s.undeletable) > 0:
+		return eventSecretDeletion, strings.Join(s.undeletable[:min(len(s.undeletable), listedMax)], "; ")
+	default:
+		return eventFailed, condition.Message
 	}
 }
 

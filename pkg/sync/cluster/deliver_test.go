@@ -1,0 +1,716 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+// Targets of resources. Those of the same kind select the same.
+const (
+	byName = `{secret: {name: pull, labels: {l: "1"}}, namespaces: {names: ["n", kube-n]}}`
+	byPods = `{secret: {name: pull, labels: {l: "1"}}, namespacesWithPods: {labels: [{}]}}`
+	byNone = `{secret: {name: pull, labels: {l: "1"}}}`
+)
+
+// situation is what a term knows about the Secret "pull" in one namespace.
+type situation struct {
+	*term
+	t *testing.T
+	// key is the Secret's; its namespace is n.
+	key targetKey
+	// now is when the decision is made.
+	now time.Time
+}
+
+func newSituation(t *testing.T) *situation {
+	t.Helper()
+	s := &situation{term: newTestTerm(t), t: t, key: targetKey{"n", "pull"}, now: time.Now()}
+	s.namespace("n", nil)
+	s.mirrorOf(t, "pull")
+	return s
+}
+
+// there puts a Secret there, as it is after an apply of the target of a claim.
+func (s *situation) there(c *claim, edit ...func(*metav1.PartialObjectMetadata)) *metav1.PartialObjectMetadata {
+	s.t.Helper()
+	m := applied(s.t, "n", c.rendered.Target)
+	for _, e := range edit {
+		e(m)
+	}
+	s.mirrorOf(s.t, "pull", m)
+	return m
+}
+
+func (s *situation) decides() decision { return s.decide(s.key, s.now) }
+
+// outcomes are those of all claims, as text.
+func (s *situation) outcomes() map[string]string {
+	kinds := [...]string{"pending", "delivered", "excluded", "conflicted", "foreign", "failed", "undeletable"}
+	all := map[string]string{}
+	for _, c := range s.claims {
+		for namespace, o := range c.outcomes {
+			all[c.ref.Name+" in "+namespace] = fmt.Sprintf("%s at %d", kinds[o.kind], o.counter)
+		}
+	}
+	return all
+}
+
+// inBubble runs a test in a synctest bubble.
+func inBubble(t *testing.T, test func(t *testing.T, s *situation)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) { test(t, newSituation(t)) })
+}
+
+// Edits of the metadata of a Secret that is there.
+func unmanaged(m *metav1.PartialObjectMetadata) { m.ManagedFields = nil }
+func orphaned(m *metav1.PartialObjectMetadata)  { m.OwnerReferences = nil }
+func deleting(m *metav1.PartialObjectMetadata) {
+	now := metav1.Now()
+	m.DeletionTimestamp, m.Finalizers = &now, []string{"x/y"}
+}
+
+func users(m *metav1.PartialObjectMetadata) {
+	m.ObjectMeta = metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion, Labels: map[string]string{"users": "x"}}
+}
+
+func imps(m *metav1.PartialObjectMetadata) {
+	m.ManagedFields = nil
+	m.Annotations = map[string]string{impsync.AnnotationLegacyApplied: canary}
+}
+
+func at(counter string) func(m *metav1.PartialObjectMetadata) {
+	return func(m *metav1.PartialObjectMetadata) {
+		m.Annotations[impsync.AnnotationRevision] = m.Labels[impsync.LabelOwnerUID] + "." + counter
+	}
+}
+
+func edited(m *metav1.PartialObjectMetadata) {
+	m.ManagedFields[0].Manager = "x"
+	m.ManagedFields = append(m.ManagedFields, metav1.ManagedFieldsEntry{
+		Manager: impsync.FieldManager, Operation: metav1.ManagedFieldsOperationApply, APIVersion: "v1", FieldsType: "FieldsV1",
+		FieldsV1: metav1.NewFieldsV1(`{"f:metadata":{"f:annotations":{"f:` + impsync.AnnotationRevision + `":{}}}}`),
+	})
+}
+
+func TestDecideAboutASelectedNamespace(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		// there is the Secret that is there, as an edit of one that was just delivered.
+		there   []func(*metav1.PartialObjectMetadata)
+		absent  bool
+		verb    verb
+		outcome string
+	}{
+		"nothing is there: create":                   {absent: true, verb: create, outcome: "pending at 0"},
+		"it is as it should be: leave":               {verb: leave, outcome: "delivered at 7"},
+		"an older content: update":                   {there: []func(*metav1.PartialObjectMetadata){at("6")}, verb: update, outcome: "pending at 0"},
+		"somebody has edited it: update":             {there: []func(*metav1.PartialObjectMetadata){edited}, verb: update, outcome: "pending at 0"},
+		"its owner reference is gone: update":        {there: []func(*metav1.PartialObjectMetadata){orphaned}, verb: update, outcome: "pending at 0"},
+		"of a resource that is dead: update":         {there: []func(*metav1.PartialObjectMetadata){func(m *metav1.PartialObjectMetadata) { m.Labels[impsync.LabelOwnerUID] = "dead" }}, verb: update, outcome: "pending at 0"},
+		"written by IMPS: adopt":                     {there: []func(*metav1.PartialObjectMetadata){imps}, verb: adopt, outcome: "pending at 0"},
+		"written by IMPS and orphaned: adopt":        {there: []func(*metav1.PartialObjectMetadata){imps, orphaned}, verb: adopt, outcome: "pending at 0"},
+		"restored from a backup: adopt":              {there: []func(*metav1.PartialObjectMetadata){unmanaged}, verb: adopt, outcome: "pending at 0"},
+		"restored, an older content: adopt":          {there: []func(*metav1.PartialObjectMetadata){unmanaged, at("6")}, verb: adopt, outcome: "pending at 0"},
+		"a user's: leave it alone":                   {there: []func(*metav1.PartialObjectMetadata){users}, verb: leave, outcome: "foreign at 0"},
+		"a user's that is being deleted: leave":      {there: []func(*metav1.PartialObjectMetadata){users, deleting}, verb: leave, outcome: "failed at 0"},
+		"a finalizer holds ours: wait for its end":   {there: []func(*metav1.PartialObjectMetadata){deleting}, verb: leave, outcome: "failed at 0"},
+		"a finalizer holds an older one: wait, too":  {there: []func(*metav1.PartialObjectMetadata){at("6"), deleting}, verb: leave, outcome: "failed at 0"},
+		"our label without anything else: a user's":  {there: []func(*metav1.PartialObjectMetadata){unmanaged, func(m *metav1.PartialObjectMetadata) { m.Annotations = nil }}, verb: leave, outcome: "foreign at 0"},
+		"with labels of others: leave, all is there": {there: []func(*metav1.PartialObjectMetadata){func(m *metav1.PartialObjectMetadata) { m.Labels["users"] = "x" }}, verb: leave, outcome: "delivered at 7"},
+	}
+	for name, test := range tests {
+		for kind, target := range map[string]string{"by name": byName, "by pods": byPods} {
+			t.Run(name+", "+kind, func(t *testing.T) {
+				inBubble(t, func(t *testing.T, s *situation) {
+					c := s.claimOf(t, resource(t, "a", 0, target), 7)
+					s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+					var m *metav1.PartialObjectMetadata
+					if !test.absent {
+						m = s.there(c, test.there...)
+					}
+					d := s.decides()
+					require.Equal(t, test.verb, d.verb, d.verb)
+					require.Equal(t, map[string]string{"a in n": test.outcome}, s.outcomes())
+					if d.verb == leave {
+						require.Zero(t, d)
+						return
+					}
+					require.Same(t, c, d.winner)
+					require.Equal(t, []impsync.ResourceRef{c.ref}, d.owners)
+					require.Equal(t, uint64(7), d.target.Revision().Counter)
+					require.False(t, d.confirm)
+					if m != nil {
+						require.Equal(t, impsync.ExistingOf(m), d.existing)
+					}
+					again := s.decides()
+					require.Equal(t, d.verb, again.verb, "the same again")
+					require.Equal(t, map[string]string{"a in n": test.outcome}, s.outcomes())
+				})
+			})
+		}
+	}
+}
+
+func TestDecideStopsWhereSomebodyHasCountedOn(t *testing.T) {
+	t.Parallel()
+	for name, edits := range map[string][]func(*metav1.PartialObjectMetadata){
+		"ours":     {at("9")},
+		"restored": {at("9"), unmanaged},
+		"edited":   {at("9"), edited},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+				s.there(c, edits...)
+				require.Zero(t, s.decides(), "it is never overwritten")
+				require.Equal(t, uint64(9), c.minCounter, "the next counter is higher")
+				require.Equal(t, []string{"uid-a"}, s.queuedResources(), "the resource is looked at again")
+				s.there(c, at("8"))
+				require.Zero(t, s.decides())
+				require.Equal(t, uint64(9), c.minCounter)
+			})
+		})
+	}
+}
+
+// A revision that somebody else has set says nothing: the content is put right.
+func TestDecideDoesNotBelieveARevisionThatIsNotOurs(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.there(c, at("99"), func(m *metav1.PartialObjectMetadata) {
+			m.ManagedFields[0].FieldsV1.SetRawString(`{"f:metadata":{"f:labels":{"f:l":{}}}}`)
+		})
+		require.Equal(t, update, s.decides().verb)
+		require.Zero(t, c.minCounter)
+	})
+}
+
+func TestDecideAboutANamespaceThatIsGoneOrGoing(t *testing.T) {
+	t.Parallel()
+	for name, edit := range map[string]func(s *situation){
+		"it is gone": func(s *situation) {
+			s.namespaces.Drop(types.NamespacedName{Name: "n"}, func(namespaceMeta) bool { return true })
+		},
+		"it is going": func(s *situation) {
+			s.namespaces.Put(types.NamespacedName{Name: "n"}, namespaceMeta{terminating: true})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+				s.there(c)
+				s.decides()
+				require.NotEmpty(t, s.outcomes())
+				edit(s)
+				require.Zero(t, s.decides())
+				require.Empty(t, s.outcomes(), "it counts no more")
+			})
+		})
+	}
+}
+
+func TestDecideWaitsUntilTheSecretsOfTheNameAreKnown(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.targets["pull"] = impsync.NewMirror(impsync.MirrorConfig[impsync.Existing]{})
+		require.Zero(t, s.decides())
+		require.Zero(t, s.decide(targetKey{"n", "unknown"}, s.now))
+		require.Empty(t, s.outcomes())
+	})
+}
+
+func TestDecideLeavesExcludedNamespacesAlone(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.namespace("kube-n", nil)
+		key := targetKey{"kube-n", "pull"}
+		require.Zero(t, s.decide(key, s.now))
+		require.Equal(t, map[string]string{"a in kube-n": "excluded at 0"}, s.outcomes())
+
+		// One that was delivered before the namespace was excluded goes.
+		s.mirrorOf(t, "pull", applied(t, "kube-n", c.rendered.Target))
+		d := s.decide(key, s.now)
+		require.Equal(t, remove, d.verb)
+		require.Same(t, c, d.winner)
+		require.Equal(t, map[string]string{"a in kube-n": "excluded at 0"}, s.outcomes())
+
+		foreign := applied(t, "kube-n", c.rendered.Target)
+		users(foreign)
+		s.mirrorOf(t, "pull", foreign)
+		require.Zero(t, s.decide(key, s.now))
+	})
+}
+
+func TestDecideAboutANamespaceThatNothingSelects(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		there  []func(*metav1.PartialObjectMetadata)
+		absent bool
+		verb   verb
+	}{
+		"nothing is there: leave":                            {absent: true, verb: leave},
+		"ours: delete":                                       {verb: remove},
+		"ours, edited: delete":                               {there: []func(*metav1.PartialObjectMetadata){edited}, verb: remove},
+		"ours, an older content: delete":                     {there: []func(*metav1.PartialObjectMetadata){at("6")}, verb: remove},
+		"ours, counted on by another leader: delete":         {there: []func(*metav1.PartialObjectMetadata){at("9")}, verb: remove},
+		"written by IMPS: delete, as IMPS does":              {there: []func(*metav1.PartialObjectMetadata){imps}, verb: remove},
+		"restored: a user's copy, leave":                     {there: []func(*metav1.PartialObjectMetadata){unmanaged}, verb: leave},
+		"a user's: leave":                                    {there: []func(*metav1.PartialObjectMetadata){users}, verb: leave},
+		"ours, going already: leave":                         {there: []func(*metav1.PartialObjectMetadata){deleting}, verb: leave},
+		"of a resource that nobody knows: leave":             {there: []func(*metav1.PartialObjectMetadata){func(m *metav1.PartialObjectMetadata) { m.Labels[impsync.LabelOwnerUID] = "dead" }}, verb: leave},
+		"of IMPS, of a resource that nobody knows: leave it": {there: []func(*metav1.PartialObjectMetadata){imps, func(m *metav1.PartialObjectMetadata) { m.Labels[impsync.LabelOwnerUID] = "dead" }}, verb: leave},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				c := s.claimOf(t, resource(t, "a", 0, byNone), 7)
+				var m *metav1.PartialObjectMetadata
+				if !test.absent {
+					m = s.there(c, test.there...)
+				}
+				d := s.decides()
+				require.Equal(t, test.verb, d.verb, d.verb)
+				require.Empty(t, s.outcomes())
+				if d.verb == remove {
+					require.Same(t, c, d.winner)
+					require.Equal(t, impsync.ExistingOf(m), d.existing)
+					require.False(t, d.confirm, "a namespace rule is no matter of the nodes")
+				}
+			})
+		})
+	}
+}
+
+func TestDecideAboutSecretsOfADeletedResource(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		// state is the resource's: gone, orphaned, unknown or unrendered.
+		state string
+		there []func(*metav1.PartialObjectMetadata)
+		verb  verb
+	}{
+		"it was deleted: its Secrets go":                         {"gone", nil, remove},
+		"it was deleted; a Secret without owner reference stays": {"gone", []func(*metav1.PartialObjectMetadata){orphaned}, leave},
+		"it was deleted, but its Secrets were to stay":           {"orphaned", nil, leave},
+		"it was deleted before this term: the collector knows":   {"unknown", nil, leave},
+		"it was not rendered yet in this term: nothing is known": {"unrendered", nil, leave},
+		"it was deleted; what was written by IMPS for it goes":   {"gone", []func(*metav1.PartialObjectMetadata){imps}, remove},
+		"it was deleted; a copy that a user has restored stays":  {"gone", []func(*metav1.PartialObjectMetadata){unmanaged}, leave},
+		"it was deleted; what goes already is not deleted again": {"gone", []func(*metav1.PartialObjectMetadata){deleting}, leave},
+		"it was deleted, and handed over to nobody: the Secret goes": {"gone", []func(*metav1.PartialObjectMetadata){func(m *metav1.PartialObjectMetadata) {
+			m.OwnerReferences = append(m.OwnerReferences, metav1.OwnerReference{UID: "uid-other"})
+		}}, remove},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				r := resource(t, "a", 0, byName)
+				c := s.claimOf(t, r, 7)
+				s.there(c, test.there...)
+				delete(s.claims, r.UID)
+				delete(s.byTarget["pull"], r.UID)
+				switch test.state {
+				case "gone":
+					s.gone[r.UID] = false
+				case "orphaned":
+					s.gone[r.UID] = true
+				case "unrendered":
+					s.claims[r.UID] = newClaim(r, impsync.Rendered{})
+				}
+				d := s.decides()
+				require.Equal(t, test.verb, d.verb, d.verb)
+				require.Nil(t, d.winner)
+				require.False(t, d.confirm)
+			})
+		})
+	}
+}
+
+func TestDecideTakesOverWhatADeadResourceLeft(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		was := resource(t, "a", 0, byName)
+		old := s.claimOf(t, was, 12)
+		s.there(old)
+		delete(s.claims, was.UID)
+		delete(s.byTarget["pull"], was.UID)
+		s.gone[was.UID] = false
+		again := resource(t, "a", 5, byName)
+		again.UID = "uid-again"
+		c := s.claimOf(t, again, 1)
+		d := s.decides()
+		require.Equal(t, update, d.verb, "in place, whatever the other's counter was")
+		require.Same(t, c, d.winner)
+		require.Equal(t, []impsync.ResourceRef{c.ref}, d.owners)
+	})
+}
+
+func TestOfTwoResourcesThatClaimOneTargetTheOlderWins(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		olderThan int // b is created so many minutes after a
+		winner    string
+	}{
+		"b is younger":                      {1, "a"},
+		"b is older":                        {-1, "b"},
+		"the same age: the name decides it": {0, "a"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				a := s.claimOf(t, resource(t, "a", 0, byName), 7)
+				b := s.claimOf(t, resource(t, "b", test.olderThan, byName), 3)
+				winner, loser := a, b
+				if test.winner == "b" {
+					winner, loser = b, a
+				}
+				d := s.decides()
+				require.Equal(t, create, d.verb)
+				require.Same(t, winner, d.winner)
+				require.Equal(t, winner.rendered.Target.Body(""), d.target.Body(""), "created as a node would create it")
+				require.Equal(t, []impsync.ResourceRef{winner.ref, loser.ref}, d.owners)
+				require.Equal(t, map[string]string{winner.ref.Name + " in n": "pending at 0", loser.ref.Name + " in n": "conflicted at 0"}, s.outcomes())
+				require.Contains(t, loser.outcomes["n"].message, "the older ImagePullSecret "+winner.ref.Name+" claims the same Secret")
+
+				// Once it is there, it gets an owner reference to both.
+				s.there(winner)
+				d = s.decides()
+				require.Equal(t, update, d.verb)
+				require.Equal(t, winner.rendered.Target.Revision(), d.target.Revision())
+				require.ElementsMatch(t, []types.UID{a.ref.UID, b.ref.UID}, d.target.Owners())
+				s.mirrorOf(t, "pull", applied(t, "n", d.target))
+				require.Zero(t, s.decides())
+				require.Equal(t, fmt.Sprintf("delivered at %d", winner.rendered.Target.Revision().Counter), s.outcomes()[winner.ref.Name+" in n"])
+
+				// The winner goes: the Secret is handed over in place.
+				delete(s.claims, winner.ref.UID)
+				delete(s.byTarget["pull"], winner.ref.UID)
+				s.gone[winner.ref.UID] = false
+				d = s.decides()
+				require.Equal(t, update, d.verb)
+				require.Same(t, loser, d.winner)
+				require.Equal(t, []types.UID{loser.ref.UID}, d.target.Owners())
+				require.Equal(t, loser.rendered.Target.Revision(), d.target.Revision())
+			})
+		})
+	}
+}
+
+func TestWhereOnlyTheYoungerSelectsItGetsTheSecret(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		older := s.claimOf(t, resource(t, "a", 0, byNone), 7)
+		younger := s.claimOf(t, resource(t, "b", 5, byName), 3)
+		s.there(older)
+		d := s.decides()
+		require.Equal(t, update, d.verb)
+		require.Same(t, younger, d.winner)
+		require.Equal(t, map[string]string{"b in n": "pending at 0"}, s.outcomes())
+	})
+}
+
+func TestAResourceThatIsNoLongerSelectedLeavesNoOutcome(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		m := s.there(c)
+		s.decides()
+		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes())
+		none := resource(t, "a", 0, byNone)
+		selection, _, err := impsync.CompileSelection(none.Spec.Target.Namespaces, none.Spec.Target.NamespacesWithPods)
+		require.NoError(t, err)
+		c.setRendered(renderedAt(t, none, 8), selection)
+
+		d := s.decides()
+		require.Equal(t, remove, d.verb)
+		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes(), "as long as it is there, it counts")
+		s.forget(s.key, impsync.ExistingOf(m))
+		require.Zero(t, s.decides())
+		require.Empty(t, s.outcomes())
+	})
+}
+
+func TestASecretStaysAMinuteAfterTheLastPod(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byPods), 7)
+		s.there(c)
+		key := demandKey{"n", "uid-a"}
+		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+		s.demand.replace("n2", reportOfDemands("n2", "n uid-a"), s.now)
+		require.Zero(t, s.decides())
+		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes())
+
+		s.demand.replace("n1", nil, s.now)
+		require.Zero(t, s.decides())
+		s.demand.replace("n2", nil, s.now)
+		require.Zero(t, s.decides(), "it lingers")
+		require.Empty(t, s.queuedTargets())
+		<-time.After(DefaultDemandLinger - time.Second)
+		require.Zero(t, s.decide(s.key, time.Now()))
+		<-time.After(time.Second)
+		synctest.Wait()
+		require.Equal(t, []string{"n/pull"}, s.queuedTargets(), "it comes back by itself")
+		d := s.decide(s.key, time.Now())
+		require.Equal(t, remove, d.verb)
+		require.True(t, d.confirm, "the reports are read again first")
+
+		// A Pod that comes in the last moment keeps it.
+		s.demand.replace("n3", reportOfDemands("n3", "n uid-a"), time.Now())
+		require.Zero(t, s.decide(s.key, time.Now()))
+		s.demand.replace("n3", nil, time.Now())
+		require.Zero(t, s.decide(s.key, time.Now()), "and the minute begins anew")
+		require.Contains(t, s.demand.states, key)
+
+		// With the Secret goes the memory of the demand.
+		s.mirrorOf(t, "pull")
+		require.Zero(t, s.decide(s.key, time.Now()))
+		require.NotContains(t, s.demand.states, key)
+		require.Empty(t, s.outcomes())
+	})
+}
+
+func TestASecretThatANodeHasJustCreatedStaysUntilItsReportMustBeThere(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byPods), 7)
+		s.there(c)
+		require.Zero(t, s.decides())
+		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes())
+		require.Zero(t, s.decide(s.key, s.now.Add(DefaultDemandLinger-1)))
+		d := s.decide(s.key, s.now.Add(DefaultDemandLinger))
+		require.Equal(t, remove, d.verb)
+		require.True(t, d.confirm)
+		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+		require.Zero(t, s.decide(s.key, s.now.Add(DefaultDemandLinger)))
+	})
+}
+
+func TestWhatIsNotThereIsNotCreatedForADemandThatHasEnded(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.claimOf(t, resource(t, "a", 0, byPods), 7)
+		require.Zero(t, s.decides())
+		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+		require.Equal(t, create, s.decides().verb)
+		s.demand.replace("n1", nil, s.now)
+		require.Zero(t, s.decides())
+		require.Empty(t, s.outcomes())
+		require.Empty(t, s.demand.states)
+	})
+}
+
+func TestWhatANamespaceRuleDeselectsGoesAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, `{secret: {name: pull}, namespaces: {labels: [{matchLabels: {team: x}}]}, namespacesWithPods: {labels: [{}]}}`), 7)
+		s.namespace("n", map[string]string{"team": "x"})
+		s.there(c)
+		require.Zero(t, s.decides())
+		s.namespace("n", nil)
+		d := s.decides()
+		require.Equal(t, remove, d.verb)
+		require.False(t, d.confirm)
+
+		// Not where Pods select it as well.
+		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+		require.Zero(t, s.decides())
+		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes())
+	})
+}
+
+// Only a resource's own Secret waits for Pods that may come back: another's is none of
+// its business, nor is a user's copy.
+func TestOnlyItsOwnSecretLingers(t *testing.T) {
+	t.Parallel()
+	for name, edit := range map[string]func(*metav1.PartialObjectMetadata){
+		"another resource's": func(m *metav1.PartialObjectMetadata) { m.Labels[impsync.LabelOwnerUID] = "dead" },
+		"a user's copy":      unmanaged,
+		"a user's":           users,
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				c := s.claimOf(t, resource(t, "a", 0, byPods), 7)
+				s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+				s.demand.replace("n1", nil, s.now)
+				s.there(c, edit)
+				require.Zero(t, s.decides())
+				require.Empty(t, s.demand.states)
+				require.NotContains(t, s.outcomes(), "delivered")
+			})
+		})
+	}
+}
+
+func TestAfterANewNameTheSecretOfTheOldOneGoes(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := resource(t, "a", 0, byName)
+		c := s.claimOf(t, r, 7)
+		s.there(c)
+		renamed := resource(t, "a", 0, `{secret: {name: other}, namespaces: {names: ["n"]}}`)
+		c.setRendered(renderedAt(t, renamed, 8), c.selection)
+		s.mirrorOf(t, "other")
+		s.putClaim(c)
+		require.Empty(t, s.byTarget["pull"])
+		require.Equal(t, remove, s.decides().verb)
+		require.Equal(t, create, s.decide(targetKey{"n", "other"}, s.now).verb)
+	})
+}
+
+func TestExpectationsAreMadeOnceForEachSetOfOwners(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		a := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		b := s.claimOf(t, resource(t, "b", 1, byName), 3)
+		alone, err := a.expect([]*claim{a})
+		require.NoError(t, err)
+		both, err := a.expect([]*claim{a, b})
+		require.NoError(t, err)
+		require.NotSame(t, alone, both)
+		again, err := a.expect([]*claim{a})
+		require.NoError(t, err)
+		require.Same(t, alone, again)
+		a.setRendered(a.rendered, a.selection)
+		again, err = a.expect([]*claim{a})
+		require.NoError(t, err)
+		require.NotSame(t, alone, again, "a new content has new expectations")
+	})
+}
+
+func TestConclude(t *testing.T) {
+	t.Parallel()
+	secrets := corev1.Resource("secrets")
+	refused := apierrors.NewForbidden(secrets, "pull", errors.New("no"))
+	tests := map[string]struct {
+		verb    verb
+		err     error
+		want    outcome
+		looked  bool
+		nothing bool
+	}{
+		"created":                 {verb: create, want: outcome{kind: delivered, counter: 7}},
+		"updated":                 {verb: update, want: outcome{kind: delivered, counter: 7}},
+		"refused":                 {verb: update, err: refused, want: outcome{kind: failed, counter: 5, message: `secrets "pull" is forbidden: no`}},
+		"refused for now":         {verb: update, err: apierrors.NewInternalError(errors.New("x")), want: outcome{kind: failed, counter: 5, message: "will be tried again: Internal error occurred: x"}},
+		"the namespace is gone":   {verb: update, err: apierrors.NewNotFound(secrets, "n"), nothing: true},
+		"deleted":                 {verb: remove, looked: true, nothing: true},
+		"it could not be deleted": {verb: remove, err: refused, want: outcome{kind: undeletable, message: `secrets "pull" is forbidden: no`}},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+				was := outcome{kind: delivered, counter: 5}
+				s.note(c, "n", &was)
+				<-time.After(time.Second)
+				s.queuedStatuses()
+				s.conclude(s.key, decision{verb: test.verb, winner: c, target: c.rendered.Target}, test.err)
+				if test.nothing {
+					require.Equal(t, was, c.outcomes["n"])
+				} else {
+					require.Equal(t, test.want, c.outcomes["n"])
+				}
+				require.Equal(t, test.looked, s.targetQueue.Len() == 1)
+				<-time.After(time.Second)
+				synctest.Wait()
+				require.Equal(t, !test.nothing, len(s.queuedStatuses()) == 1)
+				s.conclude(s.key, decision{verb: remove}, test.err) // of nobody
+			})
+		})
+	}
+}
+
+func TestOutcomesMakeTheStatusDirtyOnlyWhereTheyChange(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		dirty := func() bool {
+			<-time.After(time.Second)
+			synctest.Wait()
+			return len(s.queuedStatuses()) > 0
+		}
+		s.note(c, "n", nil)
+		require.False(t, dirty())
+		s.note(c, "n", &outcome{kind: failed, message: "x"})
+		require.True(t, dirty())
+		s.note(c, "n", &outcome{kind: failed, message: "x"})
+		require.False(t, dirty())
+		s.note(c, "n", &outcome{kind: failed, message: "y"})
+		require.True(t, dirty())
+		s.note(c, "n", nil)
+		require.True(t, dirty())
+		require.Empty(t, c.outcomes)
+	})
+}
+
+func TestWhatAWriteReturnsIsKnown(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		require.Equal(t, create, s.decides().verb)
+		m := applied(t, "n", c.rendered.Target)
+		s.know(s.key, m)
+		require.Zero(t, s.decides())
+		older := applied(t, "n", c.rendered.Target)
+		older.ResourceVersion = "99"
+		at("6")(older)
+		s.know(s.key, older)
+		require.Zero(t, s.decides(), "an answer that was overtaken")
+
+		other := impsync.ExistingOf(m)
+		other.UID = "another"
+		s.forget(s.key, other)
+		require.Zero(t, s.decides())
+		s.forget(s.key, impsync.ExistingOf(m))
+		require.Equal(t, create, s.decides().verb)
+	})
+}
+
+func TestANamespaceThatChangesIsLookedAtForEveryName(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.claimOf(t, resource(t, "b", 0, `{secret: {name: other}}`), 7)
+		key := types.NamespacedName{Name: "n"}
+		was := namespaceMeta{labels: map[string]string{"l": "1"}, annotations: map[string]string{"a": "1"}}
+		for name, test := range map[string]struct {
+			old, current *namespaceMeta
+			want         []string
+		}{
+			"new":         {nil, &was, []string{"n/other", "n/pull"}},
+			"gone":        {&was, nil, []string{"n/other", "n/pull"}},
+			"the same":    {&was, &namespaceMeta{labels: map[string]string{"l": "1"}, annotations: map[string]string{"a": "1"}}, nil},
+			"relabelled":  {&was, &namespaceMeta{labels: map[string]string{"l": "2"}, annotations: was.annotations}, []string{"n/other", "n/pull"}},
+			"reannotated": {&was, &namespaceMeta{labels: was.labels}, []string{"n/other", "n/pull"}},
+			"being ended": {&was, &namespaceMeta{labels: was.labels, annotations: was.annotations, terminating: true}, []string{"n/other", "n/pull"}},
+		} {
+			s.namespaceChanged(key, test.old, test.current)
+			require.Equal(t, test.want, s.queuedTargets(), name)
+		}
+	})
+}
+
+func TestEverythingIsLookedAtWhenATermBegins(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.namespace("m", nil)
+		old := applied(t, "x", renderedAt(t, resource(t, "a", 0, `{secret: {name: old}}`), 7).Target)
+		dead := applied(t, "y", renderedAt(t, resource(t, "dead", 0, `{secret: {name: old}}`), 7).Target)
+		s.mirrorOf(t, "old", old, dead)
+		s.mirrorOf(t, "pull", applied(t, "z", c.rendered.Target))
+		s.enqueueAllTargets()
+		require.Equal(t, []string{"m/pull", "n/pull", "x/old", "y/old", "z/pull"}, s.queuedTargets())
+		s.enqueueTargetsOf(c)
+		require.Equal(t, []string{"x/old", "z/pull"}, s.queuedTargets(), "also those of an earlier name")
+	})
+}
+
+func TestVerbsHaveNames(t *testing.T) {
+	t.Parallel()
+	var names []string
+	for v := leave; v <= remove; v++ {
+		names = append(names, v.String())
+	}
+	require.Equal(t, []string{"leave", "create", "update", "adopt", "delete"}, names)
+}

@@ -1,0 +1,392 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	"github.com/imps-node/imps/pkg/dockerconfig"
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+func TestResourceChanged(t *testing.T) {
+	t.Parallel()
+	edit := func(edit func(r *v1alpha1.ImagePullSecret)) *v1alpha1.ImagePullSecret {
+		r := resource(t, "a", 0, byName)
+		edit(r)
+		return r
+	}
+	same := func(*v1alpha1.ImagePullSecret) {}
+	deleting := func(finalizers ...string) func(*v1alpha1.ImagePullSecret) {
+		return func(r *v1alpha1.ImagePullSecret) {
+			when := metav1.NewTime(noon)
+			r.DeletionTimestamp, r.Finalizers = &when, finalizers
+		}
+	}
+	again := func(r *v1alpha1.ImagePullSecret) { r.UID = "uid-again" }
+	tests := map[string]struct {
+		old, current func(*v1alpha1.ImagePullSecret)
+		queued       []string
+		byUID        []types.UID
+		gone         map[types.UID]bool
+	}{
+		"new":                     {nil, same, []string{"uid-a"}, []types.UID{"uid-a"}, nil},
+		"the same":                {same, same, nil, []types.UID{"uid-a"}, nil},
+		"its status has changed":  {same, func(r *v1alpha1.ImagePullSecret) { r.Status.Status = "Ready"; r.ResourceVersion = "2" }, nil, []types.UID{"uid-a"}, nil},
+		"its labels have changed": {same, func(r *v1alpha1.ImagePullSecret) { r.Labels = map[string]string{"l": "1"} }, nil, []types.UID{"uid-a"}, nil},
+		"its spec has changed":    {same, func(r *v1alpha1.ImagePullSecret) { r.Generation = 2 }, []string{"uid-a"}, []types.UID{"uid-a"}, nil},
+		"it is going":             {same, deleting("x/y"), []string{"uid-a"}, []types.UID{"uid-a"}, nil},
+		"it is going, its Secrets first": {
+			same, deleting(metav1.FinalizerDeleteDependents), []string{"uid-a"}, []types.UID{"uid-a"}, map[types.UID]bool{"uid-a": false},
+		},
+		"it is going, its Secrets stay":     {same, deleting(metav1.FinalizerOrphanDependents), []string{"uid-a"}, []types.UID{"uid-a"}, nil},
+		"a finalizer has gone":              {deleting("x/y", "x/z"), deleting("x/z"), []string{"uid-a"}, []types.UID{"uid-a"}, nil},
+		"it is gone":                        {same, nil, []string{"uid-a"}, nil, map[types.UID]bool{"uid-a": false}},
+		"it is gone, its Secrets stay":      {deleting(metav1.FinalizerOrphanDependents), nil, []string{"uid-a"}, nil, map[types.UID]bool{"uid-a": true}},
+		"it is gone after a finalizer":      {deleting("x/y"), nil, []string{"uid-a"}, nil, map[types.UID]bool{"uid-a": false}},
+		"another of the name":               {same, again, []string{"uid-a", "uid-again"}, []types.UID{"uid-again"}, map[types.UID]bool{"uid-a": false}},
+		"another of the name, after orphan": {deleting(metav1.FinalizerOrphanDependents), again, []string{"uid-a", "uid-again"}, []types.UID{"uid-again"}, map[types.UID]bool{"uid-a": true}},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				term := newTestTerm(t)
+				var old, current **v1alpha1.ImagePullSecret
+				if test.old != nil {
+					r := edit(test.old)
+					old = &r
+					term.byUID[r.UID] = r
+				}
+				if test.current != nil {
+					r := edit(test.current)
+					current = &r
+				}
+				term.resourceChanged(types.NamespacedName{Name: "a"}, old, current)
+				require.Equal(t, test.queued, term.queuedResources())
+				require.Len(t, term.byUID, len(test.byUID))
+				for _, uid := range test.byUID {
+					require.Same(t, *current, term.byUID[uid])
+				}
+				if test.gone == nil {
+					test.gone = map[types.UID]bool{}
+				}
+				require.Equal(t, test.gone, term.gone)
+			})
+		})
+	}
+}
+
+func TestAResourceComesIntoForceAsItWasRendered(t *testing.T) {
+	t.Parallel()
+	r := resource(t, "a", 0, byName)
+	was := resource(t, "a", 0, byPods)
+
+	c := newClaim(r, impsync.Rendered{})
+	require.Equal(t, impsync.RefOf(r), c.ref)
+	require.True(t, c.rendered.Target.IsZero(), "never rendered: it selects nothing")
+	require.Nil(t, c.selection)
+	require.True(t, c.unread)
+
+	c = newClaim(r, renderedAt(t, was, 7))
+	require.Equal(t, uint64(7), c.rendered.Target.Revision().Counter)
+	require.True(t, c.selection.HasPodRules(), "as it was rendered, not as its spec is by now")
+	require.False(t, c.selection.SelectsByRule("n", nil, nil))
+
+	unusable := renderedAt(t, was, 7)
+	unusable.Namespaces.Labels = []metav1.LabelSelector{{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "a", Operator: "Foo"}}}}
+	require.True(t, newClaim(r, unusable).rendered.Target.IsZero(), "what cannot be evaluated selects nothing")
+}
+
+func TestValidate(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		target  string
+		problem string
+		skipped int
+	}{
+		"as it should be":   {byName, "", 0},
+		"no selectors (K1)": {byNone, "", 0},
+		"no spec (K1)":      {`{}`, "", 0},
+		"an empty name, and nothing selected (K1)": {`{secret: {name: ""}, namespaces: {names: []}}`, "", 0},
+		"an empty name":               {`{secret: {name: ""}, namespaces: {names: [a]}}`, "spec.target.secret.name is empty", 0},
+		"an empty name and Pod rules": {`{secret: {name: ""}, namespacesWithPods: {labels: [{}]}}`, "spec.target.secret.name is empty", 0},
+		"a name that is not allowed":  {`{secret: {name: mine}}`, `"mine" is not in --target-secret-names (pull, other): add it to the chart's value targetSecretNames`, 0},
+		"a bad namespace selector":    {`{secret: {name: pull}, namespaces: {labels: [{matchExpressions: [{key: a, operator: Foo}]}]}}`, "spec.target.namespaces.labels[0]", 0},
+		"a bad Pod selector":          {`{secret: {name: pull}, namespacesWithPods: {labels: [{matchExpressions: [{key: a, operator: Foo}]}, {}]}}`, "", 1},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				selection, skipped, problem := newTestTerm(t).validate(resource(t, "a", 0, test.target))
+				if test.problem != "" {
+					require.ErrorContains(t, problem, test.problem)
+					return
+				}
+				require.NoError(t, problem)
+				require.NotNil(t, selection)
+				require.Len(t, skipped, test.skipped)
+			})
+		})
+	}
+}
+
+func TestPutClaimMovesAClaimToItsNewName(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := resource(t, "a", 0, byName)
+		c := s.claimOf(t, r, 1)
+		s.mirrorOf(t, "other")
+		s.putClaim(c)
+		require.Same(t, c, s.byTarget["pull"]["uid-a"])
+		c.setRendered(renderedAt(t, resource(t, "a", 0, `{secret: {name: other}}`), 2), c.selection)
+		s.putClaim(c)
+		require.Empty(t, s.byTarget["pull"])
+		require.Same(t, c, s.byTarget["other"]["uid-a"])
+		require.Same(t, c, s.claims["uid-a"])
+		unrendered := newClaim(resource(t, "b", 0, byName), impsync.Rendered{})
+		s.putClaim(unrendered)
+		require.Same(t, unrendered, s.claims["uid-b"])
+		require.Empty(t, s.byTarget["pull"])
+	})
+}
+
+func TestTheHighestCounterIsThatOfAnyTarget(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r, other := resource(t, "a", 0, byName), resource(t, "b", 0, byName)
+		renamed := resource(t, "a", 0, `{secret: {name: other}}`)
+		edited := applied(t, "z", renderedAt(t, r, 99).Target)
+		edited.ManagedFields[0].FieldsV1.SetRawString(`{"f:type":{}}`)
+		s.mirrorOf(t, "pull", applied(t, "x", renderedAt(t, r, 3).Target), applied(t, "y", renderedAt(t, other, 50).Target), edited)
+		s.mirrorOf(t, "other", applied(t, "x", renderedAt(t, renamed, 12).Target))
+		require.Equal(t, uint64(12), s.highestCounter("uid-a"))
+		require.Equal(t, uint64(50), s.highestCounter("uid-b"))
+		require.Zero(t, s.highestCounter("uid-c"))
+	})
+}
+
+func TestSameRendered(t *testing.T) {
+	t.Parallel()
+	r := resource(t, "a", 0, byName)
+	a := renderedAt(t, r, 7)
+	require.True(t, sameRendered(a, renderedAt(t, r, 7)))
+	require.False(t, sameRendered(a, renderedAt(t, r, 8)))
+	require.False(t, sameRendered(a, renderedAt(t, resource(t, "a", 0, byPods), 7)))
+	require.False(t, sameRendered(a, renderedAt(t, resource(t, "a", 0, `{secret: {name: pull}, namespaces: {names: ["n", kube-n]}}`), 7)))
+	younger := renderedAt(t, r, 7)
+	younger.Resource.Name = "b"
+	require.False(t, sameRendered(a, younger))
+}
+
+func TestRenderedChangedHasItsResourceLookedAt(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		a, b := resource(t, "a", 0, byName), resource(t, "b", 0, byName)
+		s.claimOf(t, b, 1)
+		good := &renderedSecret{rendered: renderedAt(t, a, 1)}
+		bad := &renderedSecret{err: errors.New("x")}
+		key := func(uid types.UID) types.NamespacedName {
+			return types.NamespacedName{Namespace: "imps-rendered", Name: impsync.RenderedName(uid)}
+		}
+		for name, test := range map[string]struct {
+			key          types.NamespacedName
+			old, current *renderedSecret
+			want         []string
+		}{
+			"new, of nobody in force":       {key("uid-a"), nil, good, []string{"uid-a"}},
+			"gone":                          {key("uid-a"), good, nil, []string{"uid-a"}},
+			"spoilt":                        {key("uid-a"), good, bad, []string{"uid-a"}},
+			"spoilt from the start":         {key("uid-a"), nil, bad, nil},
+			"spoilt, of a claim in force":   {key("uid-b"), bad, bad, []string{"uid-b"}},
+			"spoilt and gone, of a claim":   {key("uid-b"), bad, nil, []string{"uid-b"}},
+			"something else in its place":   {key("uid-b"), good, bad, []string{"uid-a", "uid-b"}},
+			"a Secret that nobody knows of": {types.NamespacedName{Name: "x"}, nil, bad, nil},
+		} {
+			s.renderedChanged(test.key, test.old, test.current)
+			require.Equal(t, test.want, s.queuedResources(), name)
+		}
+	})
+}
+
+func TestPublishedIsWhatCanBeRead(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		_, there := s.published("uid-a")
+		require.False(t, there)
+		s.rendered.Put(s.renderedKey("uid-a"), renderedSecret{rendered: renderedAt(t, resource(t, "a", 0, byName), 7), resourceVersion: "1"})
+		r, there := s.published("uid-a")
+		require.True(t, there)
+		require.Equal(t, uint64(7), r.Target.Revision().Counter)
+		s.rendered.Put(s.renderedKey("uid-a"), renderedSecret{err: errors.New("x"), resourceVersion: "2"})
+		r, there = s.published("uid-a")
+		require.False(t, there)
+		require.True(t, r.Target.IsZero())
+	})
+}
+
+// rendering is one call of renderAndPublish for the resource "a". Its server is away, so
+// that every write is a failure.
+type rendering struct {
+	*situation
+	resource *v1alpha1.ImagePullSecret
+	claim    *claim
+	known    *state
+	resolved resolution
+}
+
+func newRendering(t *testing.T, s *situation, registries ...string) *rendering {
+	t.Helper()
+	r := &rendering{situation: s, resource: resource(t, "a", 0, byName), known: &state{}}
+	r.claim = newClaim(r.resource, impsync.Rendered{})
+	s.claims["uid-a"], s.byUID["uid-a"] = r.claim, r.resource
+	r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, registries...)}}, nil)
+	return r
+}
+
+func (r *rendering) render() (problem, failure error) {
+	selection, _, err := r.validate(r.resource)
+	require.NoError(r.t, err)
+	ctx, cancel := context.WithCancel(r.t.Context())
+	cancel()
+	return r.renderAndPublish(ctx, r.resource, r.claim, r.known, r.resolved, selection)
+}
+
+// remembers has state and rendered Secret say what they would be after a render at a counter.
+func (r *rendering) remembers(counter uint64) impsync.Rendered {
+	r.t.Helper()
+	config, err := r.resolved.config.Render()
+	require.NoError(r.t, err)
+	target, err := impsync.NewTarget(r.claim.ref, r.resource.Spec.Target.Secret, counter, config)
+	require.NoError(r.t, err)
+	rendered := impsync.Rendered{Resource: r.claim.ref, Namespaces: r.resource.Spec.Target.Namespaces, Pods: r.resource.Spec.Target.NamespacesWithPods, Target: target}
+	r.known = &state{counter: counter, lastGood: r.resolved.lastGood}
+	r.rendered.Put(r.renderedKey("uid-a"), renderedSecret{rendered: rendered, resourceVersion: "1"})
+	return rendered
+}
+
+func TestWithoutANameOrCredentialsNothingIsRendered(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := newRendering(t, s, "r.io=1")
+		r.resource.Spec.Target = v1alpha1.TargetSpec{}
+		problem, failure := r.render()
+		require.NoError(t, problem)
+		require.NoError(t, failure)
+
+		r = newRendering(t, s)
+		r.resolved = resolve([]credential{{key: "ns.a", err: errors.New("not found"), withdrawn: true}}, nil)
+		problem, failure = r.render()
+		require.NoError(t, problem)
+		require.NoError(t, failure)
+		require.True(t, r.claim.rendered.Target.IsZero())
+	})
+}
+
+// The state Secret is lost, and a source fails: what it gave is only in the rendered Secret.
+func TestWhatIsRenderedStaysWhereItCannotBeMadeAnew(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := newRendering(t, s, "r.io=1")
+		r.claim.setRendered(r.remembers(7), nil)
+		r.known = &state{missing: true}
+		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}, {key: "ns.b", err: errors.New("x")}}, nil)
+		problem, failure := r.render()
+		require.NoError(t, problem)
+		require.NoError(t, failure)
+		require.Equal(t, uint64(7), r.claim.rendered.Target.Revision().Counter)
+	})
+}
+
+func TestCredentialsThatAreTooLargeAreAProblemOfTheResource(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		resolved func(t *testing.T) resolution
+	}{
+		"merged": {func(t *testing.T) resolution {
+			t.Helper()
+			return resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize))}}, nil)
+		}},
+		"rendered": {func(t *testing.T) resolution {
+			t.Helper()
+			return resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/5*2))}}, nil)
+		}},
+		"of all sources together": {func(t *testing.T) resolution {
+			t.Helper()
+			config := configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/4))
+			return resolve([]credential{{key: "ns.a", config: config}, {key: "ns.b", config: config}}, nil)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				r := newRendering(t, s)
+				r.resolved = test.resolved(t)
+				problem, failure := r.render()
+				require.NoError(t, failure)
+				require.ErrorContains(t, problem, "too large")
+				requireSilent(t, problem.Error())
+				require.True(t, r.claim.rendered.Target.IsZero(), "what was in force stays")
+			})
+		})
+	}
+}
+
+func TestAWriteThatFailsIsAFailureAndChangesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := newRendering(t, s, "r.io="+canary)
+		problem, failure := r.render()
+		require.NoError(t, problem)
+		require.ErrorContains(t, failure, "write Secret imps-system/imps-state-uid-a")
+		requireSilent(t, failure.Error())
+		require.True(t, r.claim.rendered.Target.IsZero())
+
+		// The state is there, the rendered Secret is not.
+		r.remembers(1)
+		r.rendered.Drop(r.renderedKey("uid-a"), func(renderedSecret) bool { return true })
+		r.known.counter = 0
+		_, failure = r.render()
+		require.ErrorContains(t, failure, "imps-state-uid-a", "the counter goes first")
+	})
+}
+
+func TestWhatIsRenderedAlreadyComesIntoForceWithoutAWrite(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := newRendering(t, s, "r.io=1")
+		rendered := r.remembers(7)
+		r.claim.setRendered(rendered, nil)
+		problem, failure := r.render()
+		require.NoError(t, problem)
+		require.NoError(t, failure, "nothing is written")
+		require.Equal(t, rendered.Target.Revision(), r.claim.rendered.Target.Revision())
+		require.Empty(t, s.queuedTargets())
+		require.Equal(t, uint64(7), r.claim.state.counter)
+	})
+}
+
+func TestAChangedSelectionHasEveryNamespaceLookedAt(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.namespace("m", nil)
+		r := newRendering(t, s, "r.io=1")
+		before := r.remembers(7)
+		before.Namespaces = v1alpha1.NamespaceSelector{Names: []string{"m"}}
+		r.claim.setRendered(before, nil)
+		s.putClaim(r.claim)
+		problem, failure := r.render()
+		require.NoError(t, problem)
+		require.NoError(t, failure)
+		require.Equal(t, []string{"m/pull", "n/pull"}, s.queuedTargets())
+		require.Equal(t, []string{"n", "kube-n"}, r.claim.rendered.Namespaces.Names)
+		require.True(t, r.claim.selection.SelectsByRule("n", nil, nil))
+	})
+}
+
+func TestSensitiveInputsOfARenderArePrintedNowhere(t *testing.T) {
+	t.Parallel()
+	resolved := resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary)}}, map[string]dockerconfig.Config{"ns.b": configOf(t, "s.io="+canary)})
+	c := newClaim(resource(t, "a", 0, byName), renderedAt(t, resource(t, "a", 0, byName), 1))
+	c.state = &state{lastGood: resolved.lastGood}
+	requireSilent(t, strings.Join([]string{sprintAll(resolved), sprintAll(c), sprintAll(*c.state), sprintAll(renderedSecret{rendered: c.rendered}), sprintAll(decision{target: c.rendered.Target})}, "\n"))
+}
