@@ -179,6 +179,11 @@ func (t Target) fields() (*fieldpath.Set, error) {
 	return set, nil
 }
 
+// jsonPointer escapes a key (RFC 6901).
+func jsonPointer(key string) string {
+	return strings.NewReplacer("~", "~0", "/", "~1").Replace(key)
+}
+
 // jsonPatchOp is one operation of RFC 6902.
 type jsonPatchOp struct {
 	Op    string `json:"op"`
@@ -192,8 +197,8 @@ type jsonPatchOp struct {
 // alone would leave both behind. Data, labels and owner references stay as they are.
 // The patch fails where the Secret is at another resourceVersion.
 func AdoptionPatch(m *metav1.PartialObjectMetadata) ([]byte, error) {
-	const legacyPath = "/metadata/annotations/banzaicloud.com~1last-applied"
 	legacyField := fieldpath.MakePathOrDie("metadata", "annotations", AnnotationLegacyApplied)
+	revisionField := fieldpath.MakePathOrDie("metadata", "annotations", AnnotationRevision)
 
 	ours := &fieldpath.Set{}
 	var others []metav1.ManagedFieldsEntry
@@ -217,14 +222,11 @@ func AdoptionPatch(m *metav1.PartialObjectMetadata) ([]byte, error) {
 	ours.Insert(fieldpath.MakePathOrDie("type"))
 	ours.Insert(fieldpath.MakePathOrDie("data", ".dockerconfigjson"))
 	ours.Insert(fieldpath.MakePathOrDie("metadata", "labels", LabelOwnerUID))
-	if _, ok := m.Annotations[AnnotationRevision]; ok {
-		ours.Insert(fieldpath.MakePathOrDie("metadata", "annotations", AnnotationRevision))
-	}
 	for i := range m.OwnerReferences {
 		ours.Insert(fieldpath.MakePathOrDie("metadata", "ownerReferences", fieldpath.KeyByFields("uid", string(m.OwnerReferences[i].UID))))
 	}
 	// Only leaves, as an apply has them: a parent such as f:labels is no field of ours.
-	ours = ours.Leaves().Difference(fieldpath.NewSet(legacyField))
+	ours = ours.Leaves().Difference(fieldpath.NewSet(legacyField, revisionField))
 	raw, err := ours.ToJSON()
 	if err != nil {
 		return nil, fmt.Errorf("encode managedFields: %w", err)
@@ -238,8 +240,11 @@ func AdoptionPatch(m *metav1.PartialObjectMetadata) ([]byte, error) {
 		{Op: "replace", Path: "/metadata/resourceVersion", Value: m.ResourceVersion},
 		{Op: "add", Path: "/metadata/managedFields", Value: entries},
 	}
-	if _, ok := m.Annotations[AnnotationLegacyApplied]; ok {
-		patch = append(patch, jsonPatchOp{Op: "remove", Path: legacyPath})
+	// A revision goes too: nobody knows who has set it, and it must not count as ours.
+	for _, annotation := range []string{AnnotationLegacyApplied, AnnotationRevision} {
+		if _, ok := m.Annotations[annotation]; ok {
+			patch = append(patch, jsonPatchOp{Op: "remove", Path: "/metadata/annotations/" + jsonPointer(annotation)})
+		}
 	}
 	return json.Marshal(patch)
 }

@@ -402,7 +402,11 @@ func requireSet(t *testing.T, want, got *fieldpath.Set) {
 
 func TestAdoptionTurnsWhatIMPSWroteIntoOurs(t *testing.T) {
 	t.Parallel()
-	const annotation = "/metadata/annotations/banzaicloud.com~1last-applied"
+	const (
+		annotation = "/metadata/annotations/banzaicloud.com~1last-applied"
+		revision   = "/metadata/annotations/images.banzaicloud.io~1revision"
+	)
+	withoutRevision := setOf(appliedPaths(uidA)...).Difference(setOf(annotationPath(AnnotationRevision)))
 	always := []fieldpath.Path{fieldpath.MakePathOrDie("type"), fieldpath.MakePathOrDie("data", corev1.DockerConfigJsonKey), labelPath(LabelOwnerUID)}
 	with := func(more ...fieldpath.Path) *fieldpath.Set { return setOf(append(more, always...)...) }
 	kubectl := entry("kubectl-label", metav1.ManagedFieldsOperationUpdate, kubectlFields)
@@ -436,19 +440,19 @@ func TestAdoptionTurnsWhatIMPSWroteIntoOurs(t *testing.T) {
 			*m = *delivered(t)
 			m.Annotations[AnnotationLegacyApplied] = canary
 			m.ManagedFields = append(m.ManagedFields, entry("manager", metav1.ManagedFieldsOperationUpdate, impsFields))
-		}, with(appliedPaths(uidA)...), nil, []string{annotation}},
+		}, withoutRevision, nil, []string{annotation, revision}},
 		"restored, its managedFields cleared": {func(m *metav1.PartialObjectMetadata) {
 			*m = *delivered(t)
 			m.ManagedFields = nil
-		}, with(ownerPath(uidA), annotationPath(AnnotationRevision)), nil, nil},
+		}, with(ownerPath(uidA)), nil, []string{revision}},
 		"restored by a manager of its own": {func(m *metav1.PartialObjectMetadata) {
 			*m = *delivered(t)
 			m.ManagedFields = []metav1.ManagedFieldsEntry{kubectl}
-		}, with(ownerPath(uidA), annotationPath(AnnotationRevision)), []metav1.ManagedFieldsEntry{kubectl}, nil},
+		}, with(ownerPath(uidA)), []metav1.ManagedFieldsEntry{kubectl}, []string{revision}},
 		"restored without owner references": {func(m *metav1.PartialObjectMetadata) {
 			*m = *delivered(t)
 			m.ManagedFields, m.OwnerReferences = nil, nil
-		}, with(annotationPath(AnnotationRevision)), nil, nil},
+		}, with(), nil, []string{revision}},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -463,6 +467,7 @@ func TestAdoptionTurnsWhatIMPSWroteIntoOurs(t *testing.T) {
 
 			raw := a.entries[len(a.entries)-1].FieldsV1.GetRawString()
 			require.NotContains(t, raw, "last-applied")
+			require.NotContains(t, raw, "revision", "nobody knows who has set it")
 			require.NotContains(t, raw, `".":`)
 			for _, parent := range []string{"f:data", "f:metadata", "f:labels", "f:annotations", "f:ownerReferences"} {
 				require.NotContains(t, raw, `"`+parent+`":{}`, "a parent would make the next apply remove what is a user's")
@@ -472,7 +477,9 @@ func TestAdoptionTurnsWhatIMPSWroteIntoOurs(t *testing.T) {
 			adopted := m.DeepCopy()
 			adopted.ManagedFields = a.entries
 			delete(adopted.Annotations, AnnotationLegacyApplied)
+			delete(adopted.Annotations, AnnotationRevision)
 			require.Equal(t, Ours, ExistingOf(adopted).Ownership)
+			require.Zero(t, ExistingOf(adopted).Revision)
 		})
 	}
 }

@@ -297,6 +297,15 @@ func cutLast(s, sep string) (before, after string) {
 	return s[:i], s[i+len(sep):]
 }
 
+// Config returns the credentials that the Secret holds.
+func (t Target) Config() (dockerconfig.Sensitive, error) {
+	var body targetBody
+	if err := json.Unmarshal([]byte(t.body.Reveal()), &body); err != nil {
+		return dockerconfig.Sensitive{}, fmt.Errorf("target Secret %s: its own body is not valid JSON", t.name)
+	}
+	return dockerconfig.NewSensitive(body.Data[corev1.DockerConfigJsonKey]), nil
+}
+
 // WithOwners returns the target with one owner reference for each of these resources.
 func (t Target) WithOwners(owners []ResourceRef) (Target, error) {
 	var body targetBody

@@ -274,6 +274,15 @@ func TestWithOwners(t *testing.T) {
 	require.Error(t, err)
 }
 
+func TestATargetGivesItsCredentialsBack(t *testing.T) {
+	t.Parallel()
+	got, err := mustTarget(t, refA(), pullSecret(), 7).Config()
+	require.NoError(t, err)
+	require.Equal(t, config, got.Reveal())
+	_, err = Target{}.Config()
+	require.Error(t, err)
+}
+
 func TestOwnerReferencesNeitherControlNorBlock(t *testing.T) {
 	t.Parallel()
 	require.Equal(t, metav1.OwnerReference{APIVersion: "images.banzaicloud.io/v1alpha1", Kind: "ImagePullSecret", Name: "a", UID: uidA}, refA().OwnerReference())

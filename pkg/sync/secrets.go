@@ -61,12 +61,19 @@ func (s *Secrets) Create(ctx context.Context, namespace string, target Target) (
 	// A Secret with the very same data came in between: the apply was no conflict, and
 	// has put our label and owner reference on somebody else's Secret. An apply of
 	// nothing gives up what is ours alone.
-	body := fmt.Sprintf(`{"apiVersion":"v1","kind":"Secret","metadata":{"name":%q,"resourceVersion":%q}}`, target.Name(), m.ResourceVersion)
-	m, _, err = s.apply(ctx, namespace, target.Name(), []byte(body), false)
-	if err != nil {
-		return nil, false, fmt.Errorf("take our marks off a foreign Secret: %w", err)
+	for {
+		body := fmt.Sprintf(`{"apiVersion":"v1","kind":"Secret","metadata":{"name":%q,"resourceVersion":%q}}`, target.Name(), m.ResourceVersion)
+		released, _, err := s.apply(ctx, namespace, target.Name(), []byte(body), false)
+		if err == nil {
+			return released, false, nil
+		}
+		if apierrors.IsConflict(err) {
+			m, err = s.Get(ctx, namespace, target.Name())
+		}
+		if err != nil {
+			return nil, false, fmt.Errorf("take our marks off a foreign Secret: %w", err)
+		}
 	}
-	return m, false, nil
 }
 
 // coOwned reports whether another manager than ours owns the data.

@@ -355,7 +355,7 @@ func TestAPodOnAQuietNodeCostsOneWriteOfItsSecret(t *testing.T) {
 	s.resource(s.prefix, spec(podRules(s.prefix)))
 	for range 3 {
 		s.eventually(func() error {
-			for _, e := range s.requests(0, "agent/node-a") {
+			for _, e := range s.requests(s.began, "agent/node-a") {
 				if e.Resource == "configmaps" && e.Verb == "patch" && time.Since(e.Received) < 1500*time.Millisecond {
 					return fmt.Errorf("a report was written a moment ago")
 				}

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -108,10 +109,18 @@ func TestAForeignSecretIsNeverTouched(t *testing.T) {
 			s.failed(s.prefix, foreign, "not imps's")
 			s.manages(s.prefix, free)
 			s.pod(foreign, "node-a", nil, nil)
+			s.eventually(func() error { // the agent has looked at it
+				for _, e := range s.requests(s.began, "agent/node-a") {
+					if e.Resource == "secrets" && e.Namespace == foreign {
+						return nil
+					}
+				}
+				return errors.New("the agent has not asked")
+			}, "the agent does not look")
 			barrier := s.namespace(nil, nil)
 			s.change(s.prefix, `spec: {target: {namespaces: {names: [`+foreign+`, `+free+`, `+barrier+`]}}}`)
-			s.pod(barrier, "node-a", nil, nil)
 			s.has(barrier, "registry.one")
+			require.Empty(t, s.secretWrites(s.began, "agent/node-a"), "nor tried")
 			require.Equal(t, was.ResourceVersion, s.secret(foreign, secretName).ResourceVersion, "not a byte of it was written")
 			s.eventually(func() error { return s.event(s.prefix, corev1.EventTypeWarning, "SecretReconciliationError", foreign) }, "no Event")
 
@@ -216,7 +225,8 @@ func TestAnEditedSecretIsRepairedInPlace(t *testing.T) {
 	for name, patch := range map[string]string{
 		"data":             `{"data":{".dockerconfigjson":"e30="}}`,
 		"data removed":     `{"data":{".dockerconfigjson":null},"stringData":{".dockerconfigjson":"{}"}}`,
-		"revision":         `{"metadata":{"annotations":{"images.banzaicloud.io/revision":"x.99999"}}}`,
+		"revision":         `{"metadata":{"annotations":{"images.banzaicloud.io/revision":"UID.99999"}}}`,
+		"another revision": `{"metadata":{"annotations":{"images.banzaicloud.io/revision":"x.99999"}}}`,
 		"revision removed": `{"metadata":{"annotations":{"images.banzaicloud.io/revision":null}}}`,
 		"owner":            `{"metadata":{"ownerReferences":null}}`,
 		"a label of ours":  `{"metadata":{"labels":{"team":"b"}}}`,
@@ -226,14 +236,14 @@ func TestAnEditedSecretIsRepairedInPlace(t *testing.T) {
 			s.source("hub", dockerConfig("registry.one"))
 			namespace := s.namespace(nil, nil)
 			s.coordinator()
-			s.resource(s.prefix, `
+			r := s.resource(s.prefix, `
 target: {secret: {name: `+secretName+`, labels: {team: a}}, namespaces: {names: [`+namespace+`]}}
 registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 			was := s.has(namespace, "registry.one")
 			s.ready(s.prefix, 1)
 			mark := control.Audit().Mark()
 			edited, err := s.core.CoreV1().Secrets(namespace).Patch(t.Context(), secretName, types.MergePatchType,
-				[]byte(patch), metav1.PatchOptions{FieldManager: "a-user"})
+				[]byte(strings.ReplaceAll(patch, "UID", string(r.UID))), metav1.PatchOptions{FieldManager: "a-user"})
 			require.NoError(t, err)
 			require.NotEqual(t, was.ResourceVersion, edited.ResourceVersion)
 			s.eventually(func() error {

@@ -2,6 +2,8 @@ package integration
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -179,10 +181,10 @@ func TestExactlyTheSelectedNamespacesHaveTheSecret(t *testing.T) {
 			create := func(pair [2]map[string]string) string { return s.namespace(replace(pair[0]), replace(pair[1])) }
 			var yes, no []string
 			// Half of them are there before the resource, half come after it.
-			half := 0
-			for _, pair := range c.yes {
-				if half++; half%2 == 0 {
-					yes = append(yes, create(pair))
+			ordered := slices.Sorted(maps.Keys(c.yes))
+			for i, what := range ordered {
+				if i%2 == 1 {
+					yes = append(yes, create(c.yes[what]))
 				}
 			}
 			s.coordinator()
@@ -190,10 +192,9 @@ func TestExactlyTheSelectedNamespacesHaveTheSecret(t *testing.T) {
 			for _, pair := range c.no {
 				no = append(no, create(pair))
 			}
-			half = 0
-			for _, pair := range c.yes {
-				if half++; half%2 == 1 {
-					yes = append(yes, create(pair))
+			for i, what := range ordered {
+				if i%2 == 0 {
+					yes = append(yes, create(c.yes[what]))
 				}
 			}
 			for _, namespace := range yes {

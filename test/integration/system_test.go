@@ -47,12 +47,15 @@ const (
 
 // system is imps at work for one test.
 type system struct {
-	t        *testing.T
-	control  *cluster.Cluster
-	core     kubernetes.Interface
-	dynamic  dynamic.Interface
-	registry *prometheus.Registry
-	metrics  *impsync.Metrics
+	t       *testing.T
+	control *cluster.Cluster
+	core    kubernetes.Interface
+	dynamic dynamic.Interface
+	metrics *impsync.Metrics
+	// gatherers are the metrics of all duties that the test has run.
+	gatherers prometheus.Gatherers
+	// began is where the audit log of this test begins.
+	began cluster.Mark
 	// prefix starts the names of everything cluster-scoped that the test makes.
 	prefix string
 	// running is the last coordinator that was started, leader its identity.
@@ -73,13 +76,19 @@ func newSystemOn(t *testing.T, control *cluster.Cluster) *system {
 	require.NoError(t, err)
 	dyn, err := dynamic.NewForConfig(control.Admin())
 	require.NoError(t, err)
-	s := &system{t: t, control: control, core: core, dynamic: dyn, registry: prometheus.NewRegistry(), prefix: cluster.Prefix(t)}
-	s.metrics = impsync.NewMetrics(s.registry)
+	s := &system{t: t, control: control, core: core, dynamic: dyn, prefix: cluster.Prefix(t), began: control.Audit().Mark()}
+	s.metrics = impsync.NewMetrics(s.newRegistry())
 	t.Cleanup(func() {
 		s.findCanaries()
 		s.removeEverything()
 	})
 	return s
+}
+
+func (s *system) newRegistry() *prometheus.Registry {
+	registry := prometheus.NewRegistry()
+	s.gatherers = append(s.gatherers, registry)
+	return registry
 }
 
 // removeEverything deletes what the test made, so that the next one starts from nothing.
@@ -123,7 +132,7 @@ func (s *system) findCanaries() {
 		check("metadata of Secret "+secret.Namespace+"/"+secret.Name, secret.ObjectMeta)
 	}
 	answer := httptest.NewRecorder()
-	promhttp.HandlerFor(s.registry, promhttp.HandlerOpts{}).ServeHTTP(answer, httptest.NewRequestWithContext(ctx, "GET", "/metrics", nil))
+	promhttp.HandlerFor(s.gatherers, promhttp.HandlerOpts{}).ServeHTTP(answer, httptest.NewRequestWithContext(ctx, "GET", "/metrics", nil))
 	require.NoError(s.t, findCanary("metrics", answer.Body.String()))
 }
 
@@ -193,7 +202,7 @@ func (s *system) standby(change ...func(*clusterduty.Config)) *process {
 		Identity:          cluster.Prefix(s.t),
 		DemandLinger:      linger,
 		Client:            s.config(token, "coordinator"),
-		Metrics:           s.metrics, Registry: prometheus.NewRegistry(), Log: logger(),
+		Metrics:           s.metrics, Registry: s.newRegistry(), Log: logger(),
 	}
 	for _, c := range change {
 		c(&config)
@@ -217,7 +226,7 @@ func (s *system) agent(nodeName string) *process {
 	a, err := nodeduty.New(nodeduty.Config{
 		NodeName: nodeName, Namespace: systemNamespace, RenderedNamespace: renderedNamespace,
 		Client:  s.config(s.nodeToken(nodeName), "agent/"+nodeName),
-		Metrics: s.metrics, Registry: prometheus.NewRegistry(), Log: logger(),
+		Metrics: s.metrics, Registry: s.newRegistry(), Log: logger(),
 	})
 	require.NoError(s.t, err)
 	p := s.start(a.Run, a.Ready)
@@ -327,6 +336,13 @@ func (s *system) get(name string) *v1alpha1.ImagePullSecret {
 	object, err := s.dynamic.Resource(v1alpha1.Resource).Get(s.t.Context(), name, metav1.GetOptions{})
 	require.NoError(s.t, err)
 	return typed(s.t, object)
+}
+
+func typedObject(t *testing.T, object runtime.Object) *v1alpha1.ImagePullSecret {
+	t.Helper()
+	u, ok := object.(*unstructured.Unstructured)
+	require.True(t, ok)
+	return typed(t, u)
 }
 
 func typed(t *testing.T, object *unstructured.Unstructured) *v1alpha1.ImagePullSecret {

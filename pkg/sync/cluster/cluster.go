@@ -44,8 +44,6 @@ const (
 
 	// writers bound the writes of target Secrets that are in flight.
 	writers = 32
-	// callTimeout bounds one request to the API server.
-	callTimeout = 10 * time.Second
 
 	// DefaultDemandLinger is how long a namespace keeps its Secret after the last Pod
 	// that selected it is gone.
@@ -131,9 +129,7 @@ func New(config Config) (*Coordinator, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connection to the API server: %w", err)
 	}
-	binary := rest.CopyConfig(config.Client)
-	binary.ContentType = runtime.ContentTypeProtobuf
-	binary.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	binary := impsync.Protobuf(config.Client)
 	if c.core, err = corev1client.NewForConfigAndClient(binary, connection); err != nil {
 		return nil, fmt.Errorf("client: %w", err)
 	}
@@ -294,11 +290,11 @@ func cause(ctx, held context.Context, err error) string {
 
 // holdsLease asks the API server whether this process still leads.
 func (c *Coordinator) holdsLease(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	lease, err := c.leases.Leases(c.config.Namespace).Get(ctx, LeaseName, metav1.GetOptions{})
 	if err != nil {
-		return fmt.Errorf("read the Lease: %w", err)
+		return passing("read the Lease", err)
 	}
 	if lease.Spec.HolderIdentity == nil || *lease.Spec.HolderIdentity != c.config.Identity {
 		return errSuperseded

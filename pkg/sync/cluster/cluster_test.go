@@ -8,10 +8,13 @@ import (
 	"slices"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/require"
 	"k8s.io/client-go/rest"
+
+	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
 type gatherer = prometheus.Gatherer
@@ -90,6 +93,28 @@ func TestACoordinatorIsReadyWhileAnotherLeadsOrWhenItHasReadEverything(t *testin
 		c.synced.Store(true)
 		require.NoError(t, c.Ready())
 		require.True(t, c.Leading())
+	})
+}
+
+func TestACoordinatorWithoutAServerNeitherLeadsNorStandsByAndEndsWhenItIsTold(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		term := newTestTerm(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- term.Run(ctx) }()
+		<-time.After(10 * time.Minute)
+		require.Error(t, term.Ready())
+		require.False(t, term.Leading())
+		asked := term.server().asked()
+		require.NotEmpty(t, asked)
+		for _, request := range asked {
+			require.Equal(t, "GET /apis/coordination.k8s.io/v1/namespaces/imps-system/leases/73de1ad9.banzaicloud.io", request, "nothing is read before it leads")
+		}
+		start := time.Now()
+		cancel()
+		require.NoError(t, <-done)
+		require.Less(t, time.Since(start), impsync.Grace)
 	})
 }
 

@@ -41,9 +41,17 @@ const (
 	foreign
 	// failed: the API server refused the write.
 	failed
-	// undeletable: not selected, but the Secret could not be deleted.
-	undeletable
 )
+
+// undeletable is a Secret that is not wanted any more and could not be deleted.
+type undeletable struct {
+	owner   types.UID
+	message string
+}
+
+// plausibleCounter bounds the counters of others that ours goes beyond: what a broken
+// writer puts there must not use the numbers up.
+const plausibleCounter = 1 << 62
 
 // verb is what is done with a target Secret.
 type verb uint8
@@ -161,17 +169,20 @@ func (t *term) reconcileTarget(ctx context.Context, key targetKey) error {
 			return nil
 		}
 		err := t.perform(ctx, key, d)
-		if errors.Is(err, errAgain) || impsync.ClassifyError(err) == impsync.ClassConflict && err != nil {
-			if err := t.reread(ctx, key, d); err != nil {
-				return err
-			}
-			continue
+		if errors.Is(err, errAgain) || err != nil && impsync.ClassifyError(err) == impsync.ClassConflict {
+			err = t.reread(ctx, key, d)
 		}
-		t.conclude(key, d, err)
-		return err
+		if err != nil {
+			t.conclude(key, d, err)
+			return err
+		}
+		// What was done is judged like anything else that is there: what was decided may
+		// have been overtaken meanwhile.
 	}
 	// Somebody writes as often as we do: with backoff, then.
-	return fmt.Errorf("target Secret %s: %w", key, errAgain)
+	err := fmt.Errorf("target Secret %s: %w", key, errAgain)
+	t.conclude(key, t.decide(key, time.Now()), err)
+	return err
 }
 
 // decide compares what should be with what is, and notes the outcome of every claim that
@@ -179,6 +190,15 @@ func (t *term) reconcileTarget(ctx context.Context, key targetKey) error {
 func (t *term) decide(key targetKey, now time.Time) decision {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	d := t.judge(key, now)
+	if u, ok := t.undeletable[key]; ok && d.verb != remove {
+		delete(t.undeletable, key)
+		t.statusDirty(u.owner)
+	}
+	return d
+}
+
+func (t *term) judge(key targetKey, now time.Time) decision {
 	mirror := t.targets[key.name]
 	if mirror == nil {
 		return decision{}
@@ -191,7 +211,8 @@ func (t *term) decide(key targetKey, now time.Time) decision {
 	meta, there := t.namespaces.Get(types.NamespacedName{Name: key.namespace})
 	existing, exists := mirror.Get(types.NamespacedName{Namespace: key.namespace, Name: key.name})
 	if !there || meta.terminating {
-		for _, c := range t.byTarget[key.name] {
+		for uid, c := range t.byTarget[key.name] {
+			t.demand.forget(demandKey{key.namespace, uid})
 			t.note(c, key.namespace, nil)
 		}
 		return decision{}
@@ -228,9 +249,12 @@ func (t *term) decide(key targetKey, now time.Time) decision {
 	case existing.Ownership == impsync.Foreign:
 		t.note(winner, key.namespace, &outcome{kind: foreign, message: "a Secret of that name is there that is not imps's, and is left alone"})
 		return decision{}
-	case existing.Revision.UID == winner.ref.UID && existing.Revision.Counter > counter:
+	case counterOf(existing, winner.ref.UID) > counter:
+		// Content of a leader after us, or one whose traces are lost: not overwritten
+		// before the Lease was asked, and then with a higher counter.
 		winner.minCounter = max(winner.minCounter, existing.Revision.Counter)
 		t.resourceQueue.Add(winner.ref.UID)
+		t.note(winner, key.namespace, &outcome{kind: pending, counter: winner.outcomes[key.namespace].counter})
 		return decision{}
 	case existing.Ownership != impsync.Ours:
 		d.verb = adopt
@@ -240,10 +264,45 @@ func (t *term) decide(key targetKey, now time.Time) decision {
 		t.note(winner, key.namespace, &outcome{kind: delivered, counter: counter})
 		return decision{}
 	}
-	if was, ok := winner.outcomes[key.namespace]; !ok || was.kind == excluded || was.kind == undeletable {
+	if was, ok := winner.outcomes[key.namespace]; !ok || was.kind == excluded {
 		t.note(winner, key.namespace, &outcome{kind: pending, counter: was.counter})
 	}
 	return d
+}
+
+// counterOf is the counter of a resource that imps itself has put on a Secret; zero where
+// it has not.
+func counterOf(existing impsync.Existing, uid types.UID) uint64 {
+	if existing.Ownership != impsync.Ours || existing.Revision.UID != uid || existing.Revision.Counter >= plausibleCounter {
+		return 0
+	}
+	return existing.Revision.Counter
+}
+
+// expectOutcomes notes that a claim which has come into force, or selects anew, is to be
+// looked at everywhere, so that no status counts less than what is selected. The caller
+// holds the lock.
+func (t *term) expectOutcomes(c *claim) {
+	name := c.rendered.Target.Name()
+	mirror := t.targets[name]
+	if mirror == nil {
+		return
+	}
+	for namespace, was := range c.outcomes {
+		c.outcomes[namespace] = outcome{kind: pending, counter: was.counter}
+	}
+	t.namespaces.Range(func(key types.NamespacedName, meta namespaceMeta) bool {
+		if meta.terminating || t.config.Excluded.Matches(key.Name) {
+			return true
+		}
+		state := t.demand.states[demandKey{key.Name, c.ref.UID}]
+		if !c.selection.SelectsByRule(key.Name, meta.labels, meta.annotations) && (state == nil || state.nodes == 0) {
+			return true
+		}
+		existing, _ := mirror.Get(types.NamespacedName{Namespace: key.Name, Name: name})
+		c.outcomes[key.Name] = outcome{kind: pending, counter: counterOf(existing, c.ref.UID)}
+		return true
+	})
 }
 
 // claimants returns the claims that the namespace selects, the winner first. It notes the
@@ -288,6 +347,10 @@ func (t *term) demanded(c *claim, key demandKey, existing impsync.Existing, exis
 		}
 		state = t.demand.linger(key, now)
 	}
+	if state.unknown && t.withoutAgent > 0 {
+		// Whether its Pods are on a node whose agent is not there yet, nobody knows.
+		state.ended = now
+	}
 	left := t.config.DemandLinger - now.Sub(state.ended)
 	if left <= 0 {
 		return false
@@ -303,10 +366,13 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 	}
 	d := decision{verb: remove, existing: existing}
 	if c := t.claims[existing.OwnerUID]; c != nil {
-		if c.rendered.Target.IsZero() {
+		if c.rendered.Target.IsZero() && !c.withdrawn {
 			return decision{} // not rendered yet in this term: nothing is known of what it selects
 		}
 		d.winner = c
+		if !existing.HasOwner(existing.OwnerUID) {
+			d.owners = []impsync.ResourceRef{c.ref} // being orphaned, or edited: ask first
+		}
 		d.confirm = t.demand.states[demandKey{key.namespace, existing.OwnerUID}] != nil
 		return d
 	}
@@ -362,7 +428,7 @@ func (t *term) note(c *claim, namespace string, o *outcome) {
 
 // perform does what was decided. Conflicts come back as errors of their class.
 func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	switch d.verb {
 	case leave:
@@ -405,12 +471,15 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 		t.know(key, m)
 		return errAgain // and now its content
 	case remove:
+		if err := t.confirmOwners(ctx, d); err != nil {
+			return err
+		}
 		if d.confirm {
 			if err := t.rereadReports(ctx); err != nil {
 				return err
 			}
 			if again := t.decide(key, time.Now()); again.verb != remove {
-				return errAgain
+				return nil
 			}
 		}
 		err := t.secrets.Delete(ctx, key.namespace, key.name, d.existing.UID, d.existing.ResourceVersion)
@@ -444,7 +513,7 @@ func (t *term) forget(key targetKey, existing impsync.Existing) {
 // reread looks at the Secret, the Lease and the rendered Secret themselves: a conflict may
 // mean that another coordinator leads by now.
 func (t *term) reread(ctx context.Context, key targetKey, d decision) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	m, err := t.secrets.Get(ctx, key.namespace, key.name)
 	switch {
@@ -469,14 +538,14 @@ func (t *term) reread(ctx context.Context, key targetKey, d decision) error {
 
 // rereadRendered records the rendered Secret as it is now.
 func (t *term) rereadRendered(ctx context.Context, uid types.UID) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	name := impsync.RenderedName(uid)
 	secret, err := t.core.Secrets(t.config.RenderedNamespace).Get(ctx, name, metav1.GetOptions{})
 	switch {
 	case apierrors.IsNotFound(err):
 	case err != nil:
-		return fmt.Errorf("read the rendered Secret: %w", err)
+		return passing("read the rendered Secret", err)
 	default:
 		key := types.NamespacedName{Namespace: t.config.RenderedNamespace, Name: name}
 		read := renderedOf(secret)
@@ -488,16 +557,16 @@ func (t *term) rereadRendered(ctx context.Context, uid types.UID) error {
 	return nil
 }
 
-// confirmOwners makes sure, before an owner reference is put back on a Secret, that its
-// owner is alive: put back while the owner is being orphaned, it would get the Secret
-// collected.
+// confirmOwners makes sure, where a Secret lacks the owner reference of its owner, that
+// this is alive. While it is being orphaned, a reference that is put back would get the
+// Secret collected, and what has none any more is not ours to delete.
 func (t *term) confirmOwners(ctx context.Context, d decision) error {
 	for _, owner := range d.owners {
 		if d.existing.HasOwner(owner.UID) {
 			continue
 		}
 		_, err, _ := t.reads.Do("owner/"+string(owner.UID), func() (any, error) {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.CallTimeout)
 			defer cancel()
 			r := &v1alpha1.ImagePullSecret{}
 			if err := t.images.Get().Resource(v1alpha1.Resource.Resource).Name(owner.Name).Do(ctx).Into(r); err != nil {
@@ -515,28 +584,25 @@ func (t *term) confirmOwners(ctx context.Context, d decision) error {
 	return nil
 }
 
-// conclude notes the outcome of a write.
+// conclude notes why something was not done.
 func (t *term) conclude(key targetKey, d decision, err error) {
-	if err != nil && impsync.ClassifyError(err) == impsync.ClassGone {
+	class := impsync.ClassifyError(err)
+	if class == impsync.ClassGone || errors.Is(err, errSuperseded) {
 		return // the event of what is gone settles it
+	}
+	message := impsync.Explain(err)
+	if class == impsync.ClassRetry {
+		message = "will be tried again: " + message
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c := d.winner
-	if c == nil {
-		return
-	}
-	was := c.outcomes[key.namespace]
 	switch {
-	case d.verb == remove && err == nil:
-		t.enqueueTarget(key) // its outcome is that of a Secret that is not there
+	case c == nil:
 	case d.verb == remove:
-		t.note(c, key.namespace, &outcome{kind: undeletable, message: impsync.Explain(err)})
-	case err == nil:
-		t.note(c, key.namespace, &outcome{kind: delivered, counter: d.target.Revision().Counter})
-	case impsync.ClassifyError(err) == impsync.ClassRetry:
-		t.note(c, key.namespace, &outcome{kind: failed, counter: was.counter, message: "will be tried again: " + impsync.Explain(err)})
+		t.undeletable[key] = undeletable{owner: c.ref.UID, message: message}
+		t.statusDirty(c.ref.UID)
 	default:
-		t.note(c, key.namespace, &outcome{kind: failed, counter: was.counter, message: impsync.Explain(err)})
+		t.note(c, key.namespace, &outcome{kind: failed, counter: c.outcomes[key.namespace].counter, message: message})
 	}
 }

@@ -56,12 +56,15 @@ func (s *situation) decides() decision { return s.decide(s.key, s.now) }
 
 // outcomes are those of all claims, as text.
 func (s *situation) outcomes() map[string]string {
-	kinds := [...]string{"pending", "delivered", "excluded", "conflicted", "foreign", "failed", "undeletable"}
+	kinds := [...]string{"pending", "delivered", "excluded", "conflicted", "foreign", "failed"}
 	all := map[string]string{}
 	for _, c := range s.claims {
 		for namespace, o := range c.outcomes {
 			all[c.ref.Name+" in "+namespace] = fmt.Sprintf("%s at %d", kinds[o.kind], o.counter)
 		}
+	}
+	for key, u := range s.undeletable {
+		all[string(u.owner)+" of "+key.String()] = "undeletable"
 	}
 	return all
 }
@@ -135,7 +138,7 @@ func TestDecideAboutASelectedNamespace(t *testing.T) {
 			t.Run(name+", "+kind, func(t *testing.T) {
 				inBubble(t, func(t *testing.T, s *situation) {
 					c := s.claimOf(t, resource(t, "a", 0, target), 7)
-					s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+					s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
 					var m *metav1.PartialObjectMetadata
 					if !test.absent {
 						m = s.there(c, test.there...)
@@ -164,22 +167,40 @@ func TestDecideAboutASelectedNamespace(t *testing.T) {
 }
 
 func TestDecideStopsWhereSomebodyHasCountedOn(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		for _, edits := range [][]func(*metav1.PartialObjectMetadata){{at("9")}, {at("9"), edited}} {
+			c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+			s.there(c, edits...)
+			require.Zero(t, s.decides(), "it is never overwritten")
+			require.Equal(t, uint64(9), c.minCounter, "the next counter is higher")
+			require.Equal(t, []string{"uid-a"}, s.queuedResources(), "the resource is looked at again")
+			require.Equal(t, map[string]string{"a in n": "pending at 0"}, s.outcomes())
+			s.there(c, at("8"))
+			require.Zero(t, s.decides())
+			require.Equal(t, uint64(9), c.minCounter)
+			s.queuedResources()
+		}
+	})
+}
+
+func TestDecideBelievesOnlyCountersOfImps(t *testing.T) {
 	t.Parallel()
-	for name, edits := range map[string][]func(*metav1.PartialObjectMetadata){
-		"ours":     {at("9")},
-		"restored": {at("9"), unmanaged},
-		"edited":   {at("9"), edited},
+	for name, test := range map[string]struct {
+		edits []func(*metav1.PartialObjectMetadata)
+		want  verb
+	}{
+		"restored from a backup of later":         {[]func(*metav1.PartialObjectMetadata){at("9"), unmanaged}, adopt},
+		"written by IMPS, with a revision":        {[]func(*metav1.PartialObjectMetadata){at("9"), func(m *metav1.PartialObjectMetadata) { m.Annotations[impsync.AnnotationLegacyApplied] = "" }}, adopt},
+		"a number that nobody can have got to":    {[]func(*metav1.PartialObjectMetadata){at("9223372036854775807")}, update},
+		"the first number that nobody can get to": {[]func(*metav1.PartialObjectMetadata){at("4611686018427387904")}, update},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
 				c := s.claimOf(t, resource(t, "a", 0, byName), 7)
-				s.there(c, edits...)
-				require.Zero(t, s.decides(), "it is never overwritten")
-				require.Equal(t, uint64(9), c.minCounter, "the next counter is higher")
-				require.Equal(t, []string{"uid-a"}, s.queuedResources(), "the resource is looked at again")
-				s.there(c, at("8"))
-				require.Zero(t, s.decides())
-				require.Equal(t, uint64(9), c.minCounter)
+				s.there(c, test.edits...)
+				require.Equal(t, test.want, s.decides().verb)
+				require.Zero(t, c.minCounter)
+				require.Zero(t, s.highestCounter("uid-a"))
 			})
 		})
 	}
@@ -286,11 +307,37 @@ func TestDecideAboutANamespaceThatNothingSelects(t *testing.T) {
 				if d.verb == remove {
 					require.Same(t, c, d.winner)
 					require.Equal(t, impsync.ExistingOf(m), d.existing)
+					require.Empty(t, d.owners)
 					require.False(t, d.confirm, "a namespace rule is no matter of the nodes")
 				}
 			})
 		})
 	}
+}
+
+func TestDecideAsksForAnOwnerThatASecretLacksBeforeItDeletesIt(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byNone), 7)
+		s.there(c, orphaned)
+		d := s.decides()
+		require.Equal(t, remove, d.verb)
+		require.Equal(t, []impsync.ResourceRef{c.ref}, d.owners, "it may be being orphaned")
+		require.Error(t, s.reconcileTarget(t.Context(), s.key))
+		require.Equal(t, []string{"GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a"}, s.server().asked())
+	})
+}
+
+func TestDecideAboutSecretsOfAResourceThatAsksForNothingAnyMore(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.there(c)
+		require.Zero(t, s.decides())
+		require.NoError(t, s.withdraw(t.Context(), c))
+		require.Equal(t, []string{"n/pull"}, s.queuedTargets())
+		require.Equal(t, remove, s.decides().verb)
+		require.Empty(t, s.outcomes())
+		require.Empty(t, s.server().asked())
+	})
 }
 
 func TestDecideAboutSecretsOfADeletedResource(t *testing.T) {
@@ -444,14 +491,14 @@ func TestASecretStaysAMinuteAfterTheLastPod(t *testing.T) {
 		c := s.claimOf(t, resource(t, "a", 0, byPods), 7)
 		s.there(c)
 		key := demandKey{"n", "uid-a"}
-		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
-		s.demand.replace("n2", reportOfDemands("n2", "n uid-a"), s.now)
+		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
+		s.demand.replace("n2", reportOfDemands("n2", "n uid-a"), s.now, always)
 		require.Zero(t, s.decides())
 		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes())
 
-		s.demand.replace("n1", nil, s.now)
+		s.demand.replace("n1", nil, s.now, always)
 		require.Zero(t, s.decides())
-		s.demand.replace("n2", nil, s.now)
+		s.demand.replace("n2", nil, s.now, always)
 		require.Zero(t, s.decides(), "it lingers")
 		require.Empty(t, s.queuedTargets())
 		<-time.After(DefaultDemandLinger - time.Second)
@@ -464,9 +511,9 @@ func TestASecretStaysAMinuteAfterTheLastPod(t *testing.T) {
 		require.True(t, d.confirm, "the reports are read again first")
 
 		// A Pod that comes in the last moment keeps it.
-		s.demand.replace("n3", reportOfDemands("n3", "n uid-a"), time.Now())
+		s.demand.replace("n3", reportOfDemands("n3", "n uid-a"), time.Now(), always)
 		require.Zero(t, s.decide(s.key, time.Now()))
-		s.demand.replace("n3", nil, time.Now())
+		s.demand.replace("n3", nil, time.Now(), always)
 		require.Zero(t, s.decide(s.key, time.Now()), "and the minute begins anew")
 		require.Contains(t, s.demand.states, key)
 
@@ -488,8 +535,63 @@ func TestASecretThatANodeHasJustCreatedStaysUntilItsReportMustBeThere(t *testing
 		d := s.decide(s.key, s.now.Add(DefaultDemandLinger))
 		require.Equal(t, remove, d.verb)
 		require.True(t, d.confirm)
-		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
 		require.Zero(t, s.decide(s.key, s.now.Add(DefaultDemandLinger)))
+	})
+}
+
+// A node whose agent is not there yet may have the Pods that a Secret is for.
+func TestASecretThatNothingIsKnownOfStaysWhileANodeHasNoAgent(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byPods), 7)
+		s.there(c)
+		s.node("n1", false)
+		s.updateNodesWithoutAgent()
+		require.Zero(t, s.decides())
+		for range 10 {
+			<-time.After(DefaultDemandLinger)
+			require.Zero(t, s.decide(s.key, time.Now()))
+		}
+		s.node("n1", true)
+		s.updateNodesWithoutAgent()
+		require.Zero(t, s.decide(s.key, time.Now()), "its report has just come")
+		<-time.After(DefaultDemandLinger)
+		require.Equal(t, remove, s.decide(s.key, time.Now()).verb)
+
+		// Of a demand that was seen to end, all is known.
+		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), time.Now(), always)
+		s.demand.replace("n1", nil, time.Now(), always)
+		s.node("n2", false)
+		s.updateNodesWithoutAgent()
+		<-time.After(DefaultDemandLinger)
+		require.Equal(t, remove, s.decide(s.key, time.Now()).verb)
+	})
+}
+
+// No status may count less than what is selected, just because not all was looked at yet.
+func TestWhatAClaimSelectsIsPendingFromTheStart(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		for _, name := range []string{"labelled", "podded", "neither", "kube-x"} {
+			s.namespace(name, map[string]string{"l": name})
+		}
+		s.namespaces.Put(types.NamespacedName{Name: "going"}, namespaceMeta{labels: map[string]string{"l": "labelled"}, terminating: true})
+		c := s.claimOf(t, resource(t, "a", 0, `{secret: {name: pull}, namespaces: {names: [kube-x, absent], labels: [{matchLabels: {l: labelled}}]}, namespacesWithPods: {labels: [{}]}}`), 7)
+		s.demand.replace("n1", reportOfDemands("n1", "podded uid-a", "neither uid-b"), s.now, always)
+		s.demand.replace("n2", reportOfDemands("n2", "neither uid-a"), s.now, always)
+		s.demand.replace("n2", nil, s.now, always)
+		older := applied(t, "labelled", c.rendered.Target)
+		at("5")(older)
+		foreign := applied(t, "podded", c.rendered.Target)
+		users(foreign)
+		s.mirrorOf(t, "pull", older, foreign)
+
+		s.expectOutcomes(c)
+		require.Equal(t, map[string]string{"a in labelled": "pending at 5", "a in podded": "pending at 0"}, s.outcomes())
+		c.outcomes["was"] = outcome{kind: delivered, counter: 6}
+		s.expectOutcomes(c)
+		require.Equal(t, "pending at 6", s.outcomes()["a in was"])
+		delete(s.targets, "pull")
+		s.expectOutcomes(c)
 	})
 }
 
@@ -497,9 +599,9 @@ func TestWhatIsNotThereIsNotCreatedForADemandThatHasEnded(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		s.claimOf(t, resource(t, "a", 0, byPods), 7)
 		require.Zero(t, s.decides())
-		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
 		require.Equal(t, create, s.decides().verb)
-		s.demand.replace("n1", nil, s.now)
+		s.demand.replace("n1", nil, s.now, always)
 		require.Zero(t, s.decides())
 		require.Empty(t, s.outcomes())
 		require.Empty(t, s.demand.states)
@@ -518,7 +620,7 @@ func TestWhatANamespaceRuleDeselectsGoesAtOnce(t *testing.T) {
 		require.False(t, d.confirm)
 
 		// Not where Pods select it as well.
-		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
+		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
 		require.Zero(t, s.decides())
 		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes())
 	})
@@ -536,8 +638,8 @@ func TestOnlyItsOwnSecretLingers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
 				c := s.claimOf(t, resource(t, "a", 0, byPods), 7)
-				s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now)
-				s.demand.replace("n1", nil, s.now)
+				s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
+				s.demand.replace("n1", nil, s.now, always)
 				s.there(c, edit)
 				require.Zero(t, s.decides())
 				require.Empty(t, s.demand.states)
@@ -581,47 +683,140 @@ func TestExpectationsAreMadeOnceForEachSetOfOwners(t *testing.T) {
 	})
 }
 
-func TestConclude(t *testing.T) {
+func TestConcludeNotesWhyNothingWasDone(t *testing.T) {
 	t.Parallel()
 	secrets := corev1.Resource("secrets")
 	refused := apierrors.NewForbidden(secrets, "pull", errors.New("no"))
+	const was = "delivered at 5"
 	tests := map[string]struct {
 		verb    verb
 		err     error
-		want    outcome
-		looked  bool
-		nothing bool
+		want    map[string]string
+		message string
 	}{
-		"created":                 {verb: create, want: outcome{kind: delivered, counter: 7}},
-		"updated":                 {verb: update, want: outcome{kind: delivered, counter: 7}},
-		"refused":                 {verb: update, err: refused, want: outcome{kind: failed, counter: 5, message: `secrets "pull" is forbidden: no`}},
-		"refused for now":         {verb: update, err: apierrors.NewInternalError(errors.New("x")), want: outcome{kind: failed, counter: 5, message: "will be tried again: Internal error occurred: x"}},
-		"the namespace is gone":   {verb: update, err: apierrors.NewNotFound(secrets, "n"), nothing: true},
-		"deleted":                 {verb: remove, looked: true, nothing: true},
-		"it could not be deleted": {verb: remove, err: refused, want: outcome{kind: undeletable, message: `secrets "pull" is forbidden: no`}},
+		"refused":               {update, refused, map[string]string{"a in n": "failed at 5"}, `secrets "pull" is forbidden: no`},
+		"refused for now":       {update, apierrors.NewInternalError(errors.New("x")), map[string]string{"a in n": "failed at 5"}, "will be tried again: Internal error occurred: x"},
+		"the namespace is gone": {update, apierrors.NewNotFound(secrets, "n"), map[string]string{"a in n": was}, ""},
+		"another leads":         {update, fmt.Errorf("x: %w", errSuperseded), map[string]string{"a in n": was}, ""},
+		"not deleted": {
+			remove, refused, map[string]string{"a in n": was, "uid-a of n/pull": "undeletable"}, `secrets "pull" is forbidden: no`,
+		},
+		"not deleted for now": {
+			remove, errors.New("x"), map[string]string{"a in n": was, "uid-a of n/pull": "undeletable"}, "will be tried again: x",
+		},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
 				c := s.claimOf(t, resource(t, "a", 0, byName), 7)
-				was := outcome{kind: delivered, counter: 5}
-				s.note(c, "n", &was)
+				s.note(c, "n", &outcome{kind: delivered, counter: 5})
 				<-time.After(time.Second)
 				s.queuedStatuses()
 				s.conclude(s.key, decision{verb: test.verb, winner: c, target: c.rendered.Target}, test.err)
-				if test.nothing {
-					require.Equal(t, was, c.outcomes["n"])
-				} else {
-					require.Equal(t, test.want, c.outcomes["n"])
-				}
-				require.Equal(t, test.looked, s.targetQueue.Len() == 1)
+				require.Equal(t, test.want, s.outcomes())
+				require.Equal(t, test.message, c.outcomes["n"].message+s.undeletable[s.key].message)
 				<-time.After(time.Second)
 				synctest.Wait()
-				require.Equal(t, !test.nothing, len(s.queuedStatuses()) == 1)
-				s.conclude(s.key, decision{verb: remove}, test.err) // of nobody
+				require.Equal(t, test.message != "", len(s.queuedStatuses()) == 1)
+				s.conclude(s.key, decision{verb: test.verb}, test.err) // of nobody
 			})
 		})
 	}
+}
+
+func TestWhatCouldNotBeDeletedIsForgottenOnceItNeedNotBe(t *testing.T) {
+	t.Parallel()
+	for name, settle := range map[string]func(s *situation, c *claim){
+		"it is gone": func(s *situation, _ *claim) { s.mirrorOf(s.t, "pull") },
+		"it is wanted again": func(s *situation, c *claim) {
+			*c = *newClaim(s.byUID["uid-a"], renderedAt(s.t, resource(s.t, "a", 0, byName), 7))
+		},
+		"the namespace is gone": func(s *situation, _ *claim) {
+			s.namespaces.Drop(types.NamespacedName{Name: "n"}, func(namespaceMeta) bool { return true })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				c := s.claimOf(t, resource(t, "a", 0, byNone), 7)
+				s.there(c)
+				require.Error(t, s.reconcileTarget(t.Context(), s.key))
+				require.Equal(t, map[string]string{"uid-a of n/pull": "undeletable"}, s.outcomes())
+				require.Equal(t, []string{"n/pull: " + s.undeletable[s.key].message}, s.summarize(c).undeletable)
+				require.Equal(t, remove, s.decides().verb)
+				require.NotEmpty(t, s.undeletable, "still")
+				<-time.After(time.Second)
+				s.queuedStatuses()
+				settle(s, c)
+				s.decides()
+				require.Empty(t, s.undeletable)
+				<-time.After(time.Second)
+				synctest.Wait()
+				require.Equal(t, []string{"uid-a"}, s.queuedStatuses())
+			})
+		})
+	}
+}
+
+// Every request fails, so that the first of each write tells what comes before it.
+func TestWithoutAServerNothingIsWrittenBlindly(t *testing.T) {
+	t.Parallel()
+	const (
+		secret = "/api/v1/namespaces/n/secrets/pull"
+		owner  = "/apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a"
+	)
+	tests := map[string]struct {
+		target string
+		there  []func(*metav1.PartialObjectMetadata)
+		absent bool
+		asked  string
+		// outcome is empty where there is none.
+		outcome string
+	}{
+		"create": {byName, nil, true, "PATCH " + secret, "failed at 0"},
+		"update": {byName, []func(*metav1.PartialObjectMetadata){at("6")}, false, "PATCH " + secret, "failed at 0"},
+		"update, with an owner reference put back: does the owner live?": {
+			byName, []func(*metav1.PartialObjectMetadata){orphaned}, false, "GET " + owner, "failed at 0",
+		},
+		"adopt: what is there now?": {byName, []func(*metav1.PartialObjectMetadata){imps}, false, "GET " + secret, "failed at 0"},
+		"adopt, with an owner reference put back: does the owner live?": {
+			byName, []func(*metav1.PartialObjectMetadata){imps, orphaned}, false, "GET " + owner, "failed at 0",
+		},
+		"delete": {byNone, nil, false, "DELETE " + secret, ""},
+		"delete after the last Pod: is it the last?": {byPods, nil, false, "GET /api/v1/namespaces/imps-system/configmaps", ""},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				c := s.claimOf(t, resource(t, "a", 0, test.target), 7)
+				s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
+				s.demand.replace("n1", nil, s.now.Add(-time.Hour), always)
+				if test.target != byPods {
+					clear(s.demand.states)
+				}
+				if !test.absent {
+					s.there(c, test.there...)
+				}
+				err := s.reconcileTarget(t.Context(), s.key)
+				require.Error(t, err)
+				require.Equal(t, impsync.ClassRetry, impsync.ClassifyError(err))
+				require.Equal(t, []string{test.asked}, s.server().asked())
+				outcomes := s.outcomes()
+				require.Equal(t, test.outcome, outcomes["a in n"])
+				require.Equal(t, test.target != byName, outcomes["uid-a of n/pull"] == "undeletable")
+				requireSilent(t, c.outcomes["n"].message+s.undeletable[s.key].message)
+				requireSilent(t, err.Error())
+			})
+		})
+	}
+}
+
+func TestWhatIsAsItShouldBeIsNotAskedFor(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.there(c)
+		require.NoError(t, s.reconcileTarget(t.Context(), s.key))
+		require.Empty(t, s.server().asked())
+	})
 }
 
 func TestOutcomesMakeTheStatusDirtyOnlyWhereTheyChange(t *testing.T) {

@@ -2,7 +2,6 @@ package cluster
 
 import (
 	"context"
-	"fmt"
 	"strings"
 	"time"
 
@@ -24,6 +23,8 @@ type demandState struct {
 	nodes int
 	// ended is when nodes became zero.
 	ended time.Time
+	// unknown: no demand was seen in this term; there is a Secret, and nothing tells why.
+	unknown bool
 }
 
 // demand is the sum of all node reports.
@@ -33,8 +34,8 @@ type demand struct {
 }
 
 // replace takes over the report of a node, nil where it is gone, and returns the demands
-// that began or ended with it.
-func (d *demand) replace(node string, report *impsync.Report, now time.Time) (changed []demandKey) {
+// that began or ended with it. An end is remembered where keep says that it matters.
+func (d *demand) replace(node string, report *impsync.Report, now time.Time, keep func(demandKey) bool) (changed []demandKey) {
 	was := d.byNode[node]
 	current := map[demandKey]struct{}{}
 	if report != nil {
@@ -53,6 +54,7 @@ func (d *demand) replace(node string, report *impsync.Report, now time.Time) (ch
 			state = &demandState{}
 			d.states[key] = state
 		}
+		state.unknown = false
 		if state.nodes++; state.nodes == 1 {
 			changed = append(changed, key)
 		}
@@ -65,6 +67,9 @@ func (d *demand) replace(node string, report *impsync.Report, now time.Time) (ch
 		if state.nodes--; state.nodes == 0 {
 			state.ended = now
 			changed = append(changed, key)
+			if !keep(key) {
+				delete(d.states, key)
+			}
 		}
 	}
 	if len(current) == 0 {
@@ -77,7 +82,7 @@ func (d *demand) replace(node string, report *impsync.Report, now time.Time) (ch
 
 // linger starts the time that a Secret stays for which no demand is known (yet).
 func (d *demand) linger(key demandKey, now time.Time) *demandState {
-	state := &demandState{ended: now}
+	state := &demandState{ended: now, unknown: true}
 	d.states[key] = state
 	return state
 }
@@ -103,7 +108,8 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 		report = &current.report
 	}
 	t.mu.Lock()
-	for _, changed := range t.demand.replace(node, report, time.Now()) {
+	keep := func(key demandKey) bool { return t.byUID[key.uid] != nil }
+	for _, changed := range t.demand.replace(node, report, time.Now(), keep) {
 		if claim := t.claims[changed.uid]; claim != nil {
 			t.targetQueue.AddAfter(targetKey{changed.namespace, claim.rendered.Target.Name()}, demandDelay)
 		}
@@ -120,13 +126,13 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 func (t *term) rereadReports(ctx context.Context) error {
 	// The read is shared, so that it must not end with the one who asked first.
 	_, err, _ := t.reads.Do("reports", func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.CallTimeout)
 		defer cancel()
 		list, err := t.core.ConfigMaps(t.config.Namespace).List(ctx, metav1.ListOptions{
 			LabelSelector: impsync.LabelComponent + "=" + impsync.ComponentReport,
 		})
 		if err != nil {
-			return nil, fmt.Errorf("read the node reports: %w", err)
+			return nil, passing("read the node reports", err)
 		}
 		t.mu.Lock()
 		defer t.mu.Unlock()
@@ -154,6 +160,13 @@ func (t *term) nodeChanged(key types.NamespacedName, old, current *struct{}) {
 	if old != nil && current != nil {
 		return
 	}
+	t.change(func() {
+		if current == nil {
+			t.nodeGone[key.Name] = time.Now()
+		} else {
+			delete(t.nodeGone, key.Name)
+		}
+	})
 	t.checkReport(key.Name)
 	t.updateNodesWithoutAgent()
 }
@@ -175,10 +188,20 @@ func (t *term) dropReport(ctx context.Context, node string) error {
 	}
 	name := impsync.ReportName(node)
 	report, ok := t.reports.Get(types.NamespacedName{Namespace: t.config.Namespace, Name: name})
+	t.mu.Lock()
+	left := t.config.ReportLinger - time.Since(t.nodeGone[node])
+	if !ok || left <= 0 {
+		delete(t.nodeGone, node)
+	}
+	t.mu.Unlock()
 	if !ok {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	if left > 0 { // it was back in between
+		t.reportQueue.AddAfter(node, left)
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	return t.core.ConfigMaps(t.config.Namespace).Delete(ctx, name, metav1.DeleteOptions{
 		Preconditions: &metav1.Preconditions{UID: &report.uid, ResourceVersion: &report.resourceVersion},
@@ -207,6 +230,7 @@ func (t *term) updateNodesWithoutAgent() {
 	t.metrics.withoutAgent.Set(float64(without))
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.withoutAgent = without
 	for uid, claim := range t.claims {
 		if claim.selection != nil && claim.selection.HasPodRules() {
 			t.statusDirty(uid)

@@ -19,6 +19,8 @@ func newDemand() *demand {
 	return &demand{byNode: map[string]map[demandKey]struct{}{}, states: map[demandKey]*demandState{}}
 }
 
+func always(demandKey) bool { return true }
+
 // reportOfDemands makes a report of "<namespace> <uid>" each.
 func reportOfDemands(node string, demands ...string) *impsync.Report {
 	r := &impsync.Report{Node: node, Demand: map[string][]types.UID{}}
@@ -44,7 +46,7 @@ func TestDemandIsTheSumOfAllReports(t *testing.T) {
 	at := func(minute int) time.Time { return noon.Add(time.Duration(minute) * time.Minute) }
 	replace := func(minute int, node string, report *impsync.Report, changed ...string) {
 		t.Helper()
-		require.Equal(t, changed, demandsOf(d.replace(node, report, at(minute))))
+		require.Equal(t, changed, demandsOf(d.replace(node, report, at(minute), always)))
 	}
 	nodes := func(key string) int {
 		namespace, uid, _ := strings.Cut(key, " ")
@@ -88,19 +90,31 @@ func TestDemandIsTheSumOfAllReports(t *testing.T) {
 func TestAReportThatNamesADemandTwiceCountsOnce(t *testing.T) {
 	t.Parallel()
 	d := newDemand()
-	require.Len(t, d.replace("n1", reportOfDemands("n1", "a u", "a u"), noon), 1)
+	require.Len(t, d.replace("n1", reportOfDemands("n1", "a u", "a u"), noon, always), 1)
 	require.Equal(t, 1, d.states[demandKey{"a", "u"}].nodes)
-	require.Len(t, d.replace("n1", nil, noon), 1)
+	require.Len(t, d.replace("n1", nil, noon, always), 1)
 	require.Equal(t, 0, d.states[demandKey{"a", "u"}].nodes)
+}
+
+func TestTheEndOfADemandIsRememberedOnlyWhereItMatters(t *testing.T) {
+	t.Parallel()
+	d := newDemand()
+	d.replace("n1", reportOfDemands("n1", "a u", "a v"), noon, always)
+	changed := d.replace("n1", nil, noon, func(key demandKey) bool { return key.uid == "u" })
+	require.Equal(t, []string{"a u", "a v"}, demandsOf(changed))
+	require.Len(t, d.states, 1)
+	require.Contains(t, d.states, demandKey{"a", "u"})
+	require.Len(t, d.replace("n1", reportOfDemands("n1", "a v"), noon, always), 1)
+	require.Equal(t, 1, d.states[demandKey{"a", "v"}].nodes)
 }
 
 func TestADemandThatIsNotKnownYetCanLinger(t *testing.T) {
 	t.Parallel()
 	d := newDemand()
 	key := demandKey{"a", "u"}
-	require.Equal(t, &demandState{ended: noon}, d.linger(key, noon))
-	require.Equal(t, []string{"a u"}, demandsOf(d.replace("n1", reportOfDemands("n1", "a u"), noon)))
-	require.Equal(t, 1, d.states[key].nodes)
+	require.Equal(t, &demandState{ended: noon, unknown: true}, d.linger(key, noon))
+	require.Equal(t, []string{"a u"}, demandsOf(d.replace("n1", reportOfDemands("n1", "a u"), noon, always)))
+	require.Equal(t, &demandState{nodes: 1, ended: noon}, d.states[key], "now it is known")
 }
 
 // Whatever the reports say in whatever order, the counts are those of counting anew.
@@ -122,7 +136,7 @@ func TestDemandCountsAreAlwaysTheSum(t *testing.T) {
 		for key, state := range d.states {
 			before[key] = state.nodes > 0
 		}
-		changed := d.replace(node, report, noon.Add(time.Duration(step)*time.Second))
+		changed := d.replace(node, report, noon.Add(time.Duration(step)*time.Second), always)
 		reports[node] = report
 
 		want := map[demandKey]int{}
@@ -153,6 +167,12 @@ func TestReportsMakeTargetsWorthALook(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		term := newTestTerm(t)
+		soon := func() []string {
+			require.Empty(t, term.queuedTargets(), "the node is creating the Secret just then")
+			<-time.After(demandDelay)
+			synctest.Wait()
+			return term.queuedTargets()
+		}
 		term.claimOf(t, resource(t, "a", 0, `{secret: {name: pull}, namespacesWithPods: {labels: [{}]}}`), 1)
 		term.node("n1", false)
 		key := types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName("n1")}
@@ -163,17 +183,17 @@ func TestReportsMakeTargetsWorthALook(t *testing.T) {
 		broken := &reportObject{err: errors.New("node report: not valid JSON")}
 
 		term.reportChanged(key, nil, first)
-		require.Equal(t, []string{"x/pull"}, term.queuedTargets())
+		require.Equal(t, []string{"x/pull"}, soon())
 		term.reportChanged(key, first, second)
-		require.Equal(t, []string{"x/pull", "z/pull"}, term.queuedTargets())
+		require.Equal(t, []string{"x/pull", "z/pull"}, soon())
 		term.reportChanged(key, second, broken)
-		require.Empty(t, term.queuedTargets(), "a report that cannot be read changes nothing")
+		require.Empty(t, soon(), "a report that cannot be read changes nothing")
 		require.Equal(t, 1, term.demand.states[demandKey{"z", "uid-a"}].nodes)
 		term.reportChanged(key, broken, second)
-		require.Empty(t, term.queuedTargets())
+		require.Empty(t, soon())
 		require.Equal(t, 1, term.demand.states[demandKey{"z", "uid-a"}].nodes)
 		term.reportChanged(key, second, nil)
-		require.Equal(t, []string{"z/pull"}, term.queuedTargets())
+		require.Equal(t, []string{"z/pull"}, soon())
 		require.Equal(t, 0, term.demand.states[demandKey{"z", "uid-a"}].nodes)
 		require.Empty(t, term.demand.byNode)
 	})
@@ -184,16 +204,22 @@ func TestTheDemandOfAReportEndsWithItEvenIfItCouldNotBeReadAtLast(t *testing.T) 
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		term := newTestTerm(t)
+		soon := func() []string {
+			require.Empty(t, term.queuedTargets(), "the node is creating the Secret just then")
+			<-time.After(demandDelay)
+			synctest.Wait()
+			return term.queuedTargets()
+		}
 		term.claimOf(t, resource(t, "a", 0, `{secret: {name: pull}, namespacesWithPods: {labels: [{}]}}`), 1)
 		key := types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName("n1")}
 		good := &reportObject{report: *reportOfDemands("n1", "x uid-a")}
 		broken := &reportObject{err: errors.New("node report: not valid JSON")}
 		term.reportChanged(key, nil, good)
 		term.reportChanged(key, good, broken)
-		term.queuedTargets()
+		soon()
 		term.reportChanged(key, broken, nil)
 		require.Empty(t, term.demand.byNode)
-		require.Equal(t, []string{"x/pull"}, term.queuedTargets())
+		require.Equal(t, []string{"x/pull"}, soon())
 	})
 }
 
@@ -212,10 +238,47 @@ func TestTheReportOfANodeThatIsGoneIsDroppedLater(t *testing.T) {
 		<-time.After(2 * time.Second)
 		synctest.Wait()
 		require.Equal(t, []string{"n2"}, dropped())
-		// Its Node may be there again by then, or its report gone: then nothing is done.
-		term.node("n2", false)
-		require.NoError(t, term.dropReport(t.Context(), "n2"))
-		require.NoError(t, term.dropReport(t.Context(), "n3"))
+		require.NoError(t, term.dropReport(t.Context(), "n2"), "it has none")
+		require.NoError(t, term.dropReport(t.Context(), "n1"), "it is there")
+		require.Empty(t, term.server().asked())
+		require.Empty(t, term.nodeGone)
+	})
+}
+
+func TestTheReportOfANodeThatWasBackInBetweenStaysLonger(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		term := newTestTerm(t)
+		key := types.NamespacedName{Name: "n1"}
+		term.node("n1", true)
+		goes := func() {
+			term.nodes.Drop(key, func(struct{}) bool { return true })
+			term.nodeChanged(key, &struct{}{}, nil)
+		}
+		drop := func() {
+			t.Helper()
+			synctest.Wait()
+			require.Equal(t, []string{"n1"}, drain(term.reportQueue, func(s string) string { return s }))
+			err := term.dropReport(t.Context(), "n1")
+			require.Equal(t, len(term.server().asked()) == 0, err == nil)
+		}
+		goes()
+		<-time.After(DefaultReportLinger / 2)
+		term.node("n1", true)
+		term.nodeChanged(key, nil, &struct{}{})
+		<-time.After(DefaultReportLinger / 4)
+		goes()
+		<-time.After(DefaultReportLinger / 4)
+		drop()
+		require.Contains(t, term.nodeGone, "n1", "not yet")
+		<-time.After(DefaultReportLinger/4*3 - 1)
+		synctest.Wait()
+		require.Zero(t, term.reportQueue.Len())
+		<-time.After(1)
+		synctest.Wait()
+		require.Equal(t, []string{"n1"}, drain(term.reportQueue, func(s string) string { return s }))
+		require.Error(t, term.dropReport(t.Context(), "n1"), "now it is deleted, and the server is away")
+		require.Equal(t, []string{"DELETE /api/v1/namespaces/imps-system/configmaps/imps-node-n1"}, term.server().asked())
 	})
 }
 

@@ -1,14 +1,19 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net/http"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -16,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
@@ -53,16 +59,52 @@ func requireSilent(t *testing.T, text string) {
 	}
 }
 
+// noServer is a connection to an API server that is not there.
+type noServer struct {
+	mu       sync.Mutex
+	requests []string
+	// refusal is what the server answers to everything, where it is there after all.
+	refusal *apierrors.StatusError
+}
+
+func (n *noServer) RoundTrip(request *http.Request) (*http.Response, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.requests = append(n.requests, request.Method+" "+request.URL.Path)
+	if n.refusal == nil {
+		return nil, fmt.Errorf("dial: %w", syscall.ECONNREFUSED)
+	}
+	status := n.refusal.Status()
+	status.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}
+	body, err := json.Marshal(status)
+	return &http.Response{
+		StatusCode: int(status.Code), Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(bytes.NewReader(body)), Request: request,
+	}, err
+}
+
+// asked returns the requests since the last call.
+func (n *noServer) asked() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	requests := n.requests
+	n.requests = nil
+	return requests
+}
+
+func (t *term) server() *noServer { return t.config.Client.Transport.(*noServer) }
+
 // newTestTerm returns a term that knows nothing. Nothing in it runs, and its clients have
-// no server: what a test is about must not call any.
+// no server.
 func newTestTerm(t *testing.T) *term {
 	t.Helper()
+	registry := prometheus.NewRegistry()
 	c, err := New(Config{
 		Namespace: "imps-system", RenderedNamespace: "imps-rendered", Identity: "test",
 		TargetSecretNames: []string{"pull", "other"}, SourceNamespaces: []string{"registry-access"},
 		Excluded: impsync.Exclusion{"kube-*"},
-		Client:   &rest.Config{Host: "http://127.0.0.1:1"},
-		Registry: prometheus.NewRegistry(), Log: slog.New(slog.DiscardHandler),
+		Client:   &rest.Config{Host: "http://api.invalid", QPS: -1, Transport: &noServer{}},
+		Metrics:  impsync.NewMetrics(registry),
+		Registry: registry, Log: slog.New(slog.DiscardHandler),
 	})
 	require.NoError(t, err)
 	term := newTerm(c, record.NewFakeRecorder(100))

@@ -27,6 +27,8 @@ type claim struct {
 	expectations map[string]*impsync.Expectation
 	// outcomes are the namespaces that the claim selects, or that keep its Secret.
 	outcomes map[string]outcome
+	// withdrawn: the resource asks for nothing, and none of its Secrets is wanted.
+	withdrawn bool
 	// state is nil until it was read.
 	state *state
 	// minCounter is a counter seen on a target; ours must be higher.
@@ -62,6 +64,7 @@ func newClaim(r *v1alpha1.ImagePullSecret, rendered impsync.Rendered) *claim {
 
 func (c *claim) setRendered(rendered impsync.Rendered, selection *impsync.Selection) {
 	c.rendered, c.selection = rendered, selection
+	c.withdrawn = c.withdrawn && rendered.Target.IsZero()
 	c.expectations = map[string]*impsync.Expectation{}
 }
 
@@ -103,9 +106,11 @@ func (t *term) resourceChanged(_ types.NamespacedName, old, current **v1alpha1.I
 	}
 	statusOnly := old != nil && (*old).UID == r.UID && (*old).Generation == r.Generation &&
 		(*old).DeletionTimestamp.Equal(r.DeletionTimestamp) && slices.Equal((*old).Finalizers, r.Finalizers)
-	if !statusOnly {
-		t.resourceQueue.Add(r.UID)
+	if statusOnly {
+		t.statusDirty(r.UID) // our own write, or somebody's who should not have
+		return
 	}
+	t.resourceQueue.Add(r.UID)
 }
 
 // orphans reports whether the resource's deletion leaves its Secrets where they are.
@@ -152,6 +157,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	if known == nil {
 		read, err := t.readState(ctx, uid)
 		if err != nil {
+			t.change(func() { c.failure, c.unread = err, false })
 			return err
 		}
 		known = &read
@@ -172,7 +178,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	}
 	// All at once, and only now: no status ever tells of half a change.
 	t.change(func() {
-		if c.state == nil {
+		if failure == nil && c.state == nil {
 			c.state = known
 		}
 		c.generation, c.sources, c.skipped, c.unread = r.Generation, resolved.sources, skipped, false
@@ -185,21 +191,18 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 // the resource itself; what was rendered before stays in force. A failure passes.
 func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret, c *claim, known *state, resolved resolution, selection *impsync.Selection) (problem, failure error) {
 	if r.Spec.Target.Secret.Name == "" {
-		return nil, nil
+		return nil, t.withdraw(ctx, c)
 	}
 	t.mu.Lock()
 	current, minCounter := c.rendered, c.minCounter
 	t.mu.Unlock()
-	switch {
-	case current.Target.IsZero() && resolved.empty:
-		return nil, nil
-	case !current.Target.IsZero() && known.missing && resolved.incomplete:
-		// What this source gave before is only in the rendered Secret, merged: keep that.
+	if current.Target.IsZero() && resolved.empty {
 		return nil, nil
 	}
 	published, there := t.published(c.ref.UID)
 	counter := current.Target.Revision().Counter
-	outrun := max(published.Target.Revision().Counter, minCounter) > counter
+	outrun := max(published.Target.Revision().Counter, minCounter) > counter ||
+		there && published.Target.Revision().Counter == counter && !published.Target.SameContent(current.Target)
 	if outrun {
 		// Somebody counted on: a leader after us, or one whose traces we have lost.
 		if err := t.holdsLease(ctx); err != nil {
@@ -209,6 +212,13 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 	config, err := resolved.config.Render()
 	if err != nil {
 		return fmt.Errorf("render the merged credentials: %w", err), nil
+	}
+	hold := !current.Target.IsZero() && known.incomplete && resolved.incomplete
+	if hold {
+		// What this source gave before is only in the rendered Secret, merged: keep that.
+		if config, err = current.Target.Config(); err != nil {
+			return err, nil
+		}
 	}
 	next := impsync.Rendered{Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods}
 	if next.Target, err = impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config); err != nil {
@@ -220,7 +230,7 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 			return err, nil
 		}
 	}
-	return t.publish(ctx, c, known, resolved, next, selection)
+	return t.publish(ctx, c, known, state{counter: counter, lastGood: resolved.lastGood, incomplete: hold}, next, selection)
 }
 
 // change changes what the lock guards.
@@ -264,9 +274,7 @@ func (t *term) highestCounter(uid types.UID) uint64 {
 	var highest uint64
 	for _, mirror := range mirrors {
 		mirror.Range(func(_ types.NamespacedName, x impsync.Existing) bool {
-			if x.Revision.UID == uid {
-				highest = max(highest, x.Revision.Counter)
-			}
+			highest = max(highest, counterOf(x, uid))
 			return true
 		})
 	}
@@ -275,24 +283,25 @@ func (t *term) highestCounter(uid types.UID) uint64 {
 
 // publish writes state and rendered Secret where they differ, and puts the claim in force.
 // The state goes first: its counter must never be behind that of a target.
-func (t *term) publish(ctx context.Context, c *claim, known *state, resolved resolution, next impsync.Rendered, selection *impsync.Selection) (problem, failure error) {
+func (t *term) publish(ctx context.Context, c *claim, known *state, remembered state, next impsync.Rendered, selection *impsync.Selection) (problem, failure error) {
 	data, err := impsync.EncodeRendered(next)
 	if err != nil {
 		return err, nil
 	}
-	remembered := state{counter: next.Target.Revision().Counter, lastGood: resolved.lastGood}
+	remembered.resourceVersion = known.resourceVersion
 	if !sameState(*known, remembered) {
 		raw, err := encodeState(remembered)
 		if err != nil {
 			return err, nil
 		}
-		if err := t.writeState(ctx, c.ref, raw); err != nil {
+		if remembered.resourceVersion, err = t.writeState(ctx, c.ref, raw, known.resourceVersion); err != nil {
+			t.change(func() { c.state = nil }) // whatever is there, it is read again
 			return nil, err
 		}
 	}
 	published, there := t.published(c.ref.UID)
 	if !there || !sameRendered(published, next) {
-		written, err := t.applyOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(c.ref.UID), impsync.RenderedType, c.ref, data)
+		written, err := t.writeRendered(ctx, c.ref, data)
 		if err != nil {
 			return nil, err
 		}
@@ -313,6 +322,7 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, resolved res
 	c.setRendered(next, selection)
 	t.putClaim(c)
 	if reselected {
+		t.expectOutcomes(c)
 		t.enqueueNamespaces(next.Target.Name())
 		t.enqueueTargetsOf(c)
 		return nil, nil
@@ -321,6 +331,23 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, resolved res
 		t.enqueueTarget(targetKey{namespace, next.Target.Name()})
 	}
 	return nil, nil
+}
+
+// withdraw takes back what a resource had rendered that asks for nothing any more.
+func (t *term) withdraw(ctx context.Context, c *claim) error {
+	if _, ok := t.rendered.Get(t.renderedKey(c.ref.UID)); ok {
+		if err := t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(c.ref.UID)); err != nil {
+			return err
+		}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c.withdrawn = true
+	c.setRendered(impsync.Rendered{}, nil)
+	clear(c.outcomes)
+	t.putClaim(c)
+	t.enqueueTargetsOf(c)
+	return nil
 }
 
 func sameRendered(a, b impsync.Rendered) bool {
@@ -345,23 +372,29 @@ func (t *term) retire(ctx context.Context, uid types.UID) error {
 		c = &claim{ref: impsync.ResourceRef{UID: uid}}
 	}
 	t.enqueueTargetsOf(c)
-	for namespace := range c.outcomes {
-		t.enqueueTarget(targetKey{namespace, c.rendered.Target.Name()})
+	for key := range t.demand.states {
+		if key.uid == uid {
+			t.demand.forget(key)
+		}
+	}
+	again := false
+	for _, other := range t.byUID {
+		again = again || other.Name == c.ref.Name && other.UID != uid
 	}
 	t.mu.Unlock()
 	t.releaseSources(uid, nil)
-	if c.ref.Name != "" {
+	if !again {
 		t.metrics.forget(c.ref.Name)
 	}
 	return t.deleteOwn(ctx, t.config.Namespace, impsync.StateName(uid))
 }
 
 func (t *term) deleteOwn(ctx context.Context, namespace, name string) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	err := t.core.Secrets(namespace).Delete(ctx, name, metav1.DeleteOptions{})
 	if err != nil && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("delete Secret %s/%s: %w", namespace, name, err)
+		return passing(fmt.Sprintf("delete Secret %s/%s", namespace, name), err)
 	}
 	return nil
 }

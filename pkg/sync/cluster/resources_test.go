@@ -1,14 +1,15 @@
 package cluster
 
 import (
-	"context"
 	"errors"
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -34,7 +35,7 @@ func TestResourceChanged(t *testing.T) {
 	again := func(r *v1alpha1.ImagePullSecret) { r.UID = "uid-again" }
 	tests := map[string]struct {
 		old, current func(*v1alpha1.ImagePullSecret)
-		queued       []string
+		queued       []string // the resources that are looked at
 		byUID        []types.UID
 		gone         map[types.UID]bool
 	}{
@@ -72,6 +73,9 @@ func TestResourceChanged(t *testing.T) {
 				}
 				term.resourceChanged(types.NamespacedName{Name: "a"}, old, current)
 				require.Equal(t, test.queued, term.queuedResources())
+				<-time.After(2 * statusDelay)
+				synctest.Wait()
+				require.Equal(t, test.queued == nil, len(term.queuedStatuses()) == 1, "else only its status is")
 				require.Len(t, term.byUID, len(test.byUID))
 				for _, uid := range test.byUID {
 					require.Same(t, *current, term.byUID[uid])
@@ -252,9 +256,7 @@ func newRendering(t *testing.T, s *situation, registries ...string) *rendering {
 func (r *rendering) render() (problem, failure error) {
 	selection, _, err := r.validate(r.resource)
 	require.NoError(r.t, err)
-	ctx, cancel := context.WithCancel(r.t.Context())
-	cancel()
-	return r.renderAndPublish(ctx, r.resource, r.claim, r.known, r.resolved, selection)
+	return r.renderAndPublish(r.t.Context(), r.resource, r.claim, r.known, r.resolved, selection)
 }
 
 // remembers has state and rendered Secret say what they would be after a render at a counter.
@@ -265,7 +267,7 @@ func (r *rendering) remembers(counter uint64) impsync.Rendered {
 	target, err := impsync.NewTarget(r.claim.ref, r.resource.Spec.Target.Secret, counter, config)
 	require.NoError(r.t, err)
 	rendered := impsync.Rendered{Resource: r.claim.ref, Namespaces: r.resource.Spec.Target.Namespaces, Pods: r.resource.Spec.Target.NamespacesWithPods, Target: target}
-	r.known = &state{counter: counter, lastGood: r.resolved.lastGood}
+	r.known = &state{counter: counter, lastGood: r.resolved.lastGood, resourceVersion: "5"}
 	r.rendered.Put(r.renderedKey("uid-a"), renderedSecret{rendered: rendered, resourceVersion: "1"})
 	return rendered
 }
@@ -277,6 +279,7 @@ func TestWithoutANameOrCredentialsNothingIsRendered(t *testing.T) {
 		problem, failure := r.render()
 		require.NoError(t, problem)
 		require.NoError(t, failure)
+		require.True(t, r.claim.withdrawn)
 
 		r = newRendering(t, s)
 		r.resolved = resolve([]credential{{key: "ns.a", err: errors.New("not found"), withdrawn: true}}, nil)
@@ -284,19 +287,57 @@ func TestWithoutANameOrCredentialsNothingIsRendered(t *testing.T) {
 		require.NoError(t, problem)
 		require.NoError(t, failure)
 		require.True(t, r.claim.rendered.Target.IsZero())
+		require.False(t, r.claim.withdrawn)
+		require.Empty(t, s.server().asked())
+	})
+}
+
+func TestAResourceThatAsksForNothingAnyMoreIsWithdrawn(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := newRendering(t, s, "r.io=1")
+		r.claim.setRendered(r.remembers(7), nil)
+		r.claim.outcomes["n"] = outcome{kind: delivered, counter: 7}
+		s.putClaim(r.claim)
+		spec := r.resource.Spec.Target
+		r.resource.Spec.Target = v1alpha1.TargetSpec{}
+		_, failure := r.render()
+		require.Error(t, failure)
+		require.Equal(t, []string{"DELETE /api/v1/namespaces/imps-rendered/secrets/imps-rendered-uid-a"}, s.server().asked(), "first of all, so that no agent creates anything more")
+		require.False(t, r.claim.withdrawn, "not before that is done")
+		require.NotEmpty(t, s.byTarget["pull"])
+
+		r.rendered.Drop(r.renderedKey("uid-a"), func(renderedSecret) bool { return true })
+		_, failure = r.render()
+		require.NoError(t, failure)
+		require.True(t, r.claim.withdrawn)
+		require.Empty(t, s.byTarget["pull"])
+		require.Empty(t, r.claim.outcomes)
+
+		// And when it asks for something again, it is as before.
+		r.resource.Spec.Target = spec
+		r.claim.setRendered(r.remembers(8), nil)
+		require.False(t, r.claim.withdrawn)
 	})
 }
 
 // The state Secret is lost, and a source fails: what it gave is only in the rendered Secret.
-func TestWhatIsRenderedStaysWhereItCannotBeMadeAnew(t *testing.T) {
+func TestWhatCannotBeMergedAnewStaysAsItWasRendered(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		r := newRendering(t, s, "r.io=1")
-		r.claim.setRendered(r.remembers(7), nil)
-		r.known = &state{missing: true}
+		before := r.remembers(7)
+		before.Namespaces = v1alpha1.NamespaceSelector{}
+		r.claim.setRendered(before, nil)
 		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}, {key: "ns.b", err: errors.New("x")}}, nil)
-		problem, failure := r.render()
-		require.NoError(t, problem)
-		require.NoError(t, failure)
+		// Where the state is complete, that source has never given anything: the rest is merged.
+		_, failure := r.render()
+		require.ErrorContains(t, failure, "imps-state-uid-a")
+
+		// Where it is not, the credentials stay, and the selectors follow all the same.
+		s.server().asked()
+		r.known = &state{incomplete: true}
+		_, failure = r.render()
+		require.ErrorContains(t, failure, "imps-state-uid-a", "the state is written anew")
+		require.Equal(t, []string{"POST /api/v1/namespaces/imps-system/secrets"}, s.server().asked())
 		require.Equal(t, uint64(7), r.claim.rendered.Target.Revision().Counter)
 	})
 }
@@ -340,16 +381,71 @@ func TestAWriteThatFailsIsAFailureAndChangesNothing(t *testing.T) {
 		problem, failure := r.render()
 		require.NoError(t, problem)
 		require.ErrorContains(t, failure, "write Secret imps-system/imps-state-uid-a")
+		require.Equal(t, []string{"POST /api/v1/namespaces/imps-system/secrets"}, s.server().asked(), "the counter goes first, and only over what was read")
 		requireSilent(t, failure.Error())
 		require.True(t, r.claim.rendered.Target.IsZero())
 
-		// The state is there, the rendered Secret is not.
-		r.remembers(1)
-		r.rendered.Drop(r.renderedKey("uid-a"), func(renderedSecret) bool { return true })
-		r.known.counter = 0
-		_, failure = r.render()
-		require.ErrorContains(t, failure, "imps-state-uid-a", "the counter goes first")
+		// The state says so already, the rendered Secret does not.
+		r.known = &state{counter: 1, lastGood: r.resolved.lastGood, resourceVersion: "5"}
+		r.claim.state = r.known
+		problem, failure = r.render()
+		require.NoError(t, problem)
+		require.ErrorContains(t, failure, "imps-state-uid-a", "a lost rendered Secret is a new content")
+		require.Equal(t, []string{"PATCH /api/v1/namespaces/imps-system/secrets/imps-state-uid-a"}, s.server().asked())
+		require.Nil(t, r.claim.state, "whatever is there, it is read again")
 	})
+}
+
+// Where our own namespace is missing nothing is "gone", so that the resource comes back.
+func TestAMissingNamespaceOfOurOwnIsAFailureThatPasses(t *testing.T) {
+	t.Parallel()
+	missing := apierrors.NewNotFound(corev1.Resource("namespaces"), "imps-rendered")
+	going := apierrors.NewForbidden(corev1.Resource("secrets"), "x", errors.New("it is being terminated"))
+	going.ErrStatus.Details.Causes = []metav1.StatusCause{{Type: corev1.NamespaceTerminatingCause}}
+	for name, test := range map[string]struct {
+		refusal *apierrors.StatusError
+		want    impsync.ErrorClass
+	}{
+		"missing":    {missing, impsync.ClassRetry},
+		"going":      {going, impsync.ClassRetry},
+		"refused":    {apierrors.NewForbidden(corev1.Resource("secrets"), "x", errors.New("no")), impsync.ClassRetry},
+		"it is busy": {apierrors.NewServiceUnavailable("x"), impsync.ClassRetry},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				s.server().refusal = test.refusal
+				problem, failure := newRendering(t, s, "r.io="+canary).render()
+				require.NoError(t, problem)
+				require.ErrorContains(t, failure, "write Secret imps-system/imps-state-uid-a: ")
+				require.Equal(t, test.want, impsync.ClassifyError(failure))
+				requireSilent(t, failure.Error())
+			})
+		})
+	}
+}
+
+func TestWhereAnotherHasWrittenTheStateTheLeaseIsAskedFor(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		known   *state
+		refusal *apierrors.StatusError
+		write   string
+	}{
+		"there was none":         {&state{}, apierrors.NewAlreadyExists(corev1.Resource("secrets"), "x"), "POST /api/v1/namespaces/imps-system/secrets"},
+		"it was at that version": {&state{resourceVersion: "5"}, apierrors.NewConflict(corev1.Resource("secrets"), "x", errors.New("x")), "PATCH /api/v1/namespaces/imps-system/secrets/imps-state-uid-a"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				s.server().refusal = test.refusal
+				r := newRendering(t, s, "r.io=1")
+				r.known = test.known
+				problem, failure := r.render()
+				require.NoError(t, problem)
+				require.ErrorContains(t, failure, "read the Lease")
+				require.Equal(t, []string{test.write, "GET /apis/coordination.k8s.io/v1/namespaces/imps-system/leases/" + LeaseName}, s.server().asked())
+			})
+		})
+	}
 }
 
 func TestWhatIsRenderedAlreadyComesIntoForceWithoutAWrite(t *testing.T) {
@@ -359,7 +455,8 @@ func TestWhatIsRenderedAlreadyComesIntoForceWithoutAWrite(t *testing.T) {
 		r.claim.setRendered(rendered, nil)
 		problem, failure := r.render()
 		require.NoError(t, problem)
-		require.NoError(t, failure, "nothing is written")
+		require.NoError(t, failure)
+		require.Empty(t, s.server().asked(), "nothing is written")
 		require.Equal(t, rendered.Target.Revision(), r.claim.rendered.Target.Revision())
 		require.Empty(t, s.queuedTargets())
 		require.Equal(t, uint64(7), r.claim.state.counter)

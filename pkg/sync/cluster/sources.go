@@ -115,7 +115,7 @@ func (t *term) useSource(key types.NamespacedName, user types.UID) *source {
 		secrets := t.core.Secrets(key.Namespace)
 		s.mirror = impsync.NewMirror(impsync.MirrorConfig[sourceSecret]{
 			Name: "source " + key.String(), Example: &corev1.Secret{}, Log: t.log,
-			ListWatch: typedListWatch(secrets.List, secrets.Watch, metav1.ListOptions{FieldSelector: metav1.ObjectNameField + "=" + key.Name}),
+			ListWatch: impsync.TypedListWatch(secrets.List, secrets.Watch, metav1.ListOptions{FieldSelector: metav1.ObjectNameField + "=" + key.Name}),
 			Convert:   func(o runtime.Object) sourceSecret { return sourceOf(o.(*corev1.Secret)) },
 			OnChange:  func(types.NamespacedName, *sourceSecret, *sourceSecret) { t.sourceChanged(key) },
 			OnError:   func(error) { t.sourceChanged(key) },

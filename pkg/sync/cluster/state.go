@@ -11,6 +11,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 
 	"github.com/imps-node/imps/pkg/dockerconfig"
 	impsync "github.com/imps-node/imps/pkg/sync"
@@ -26,18 +27,22 @@ type state struct {
 	counter uint64
 	// lastGood are the last good entries of each source.
 	lastGood map[string]dockerconfig.Config
-	// missing: there was no state Secret, or none that could be read.
-	missing bool
+	// resourceVersion is that of the state Secret; empty where there was none.
+	resourceVersion string
+	// incomplete: of a source that fails nothing is known, but the rendered Secret may hold
+	// its entries. So it is where there was no state Secret, or none that could be read.
+	incomplete bool
 }
 
 // stateRecord is the JSON of a state.
 type stateRecord struct {
-	Counter  uint64            `json:"counter"`
-	LastGood map[string][]byte `json:"lastGood"`
+	Counter    uint64            `json:"counter"`
+	Incomplete bool              `json:"incomplete,omitempty"`
+	LastGood   map[string][]byte `json:"lastGood"`
 }
 
 func encodeState(s state) ([]byte, error) {
-	record := stateRecord{Counter: s.counter, LastGood: map[string][]byte{}}
+	record := stateRecord{Counter: s.counter, Incomplete: s.incomplete, LastGood: map[string][]byte{}}
 	for key, config := range s.lastGood {
 		rendered, err := config.Render()
 		if err != nil {
@@ -60,7 +65,7 @@ func decodeState(raw []byte) (state, error) {
 	if err := json.Unmarshal(raw, &record); err != nil {
 		return state{}, errors.New("state: not valid JSON")
 	}
-	s := state{counter: record.Counter, lastGood: map[string]dockerconfig.Config{}}
+	s := state{counter: record.Counter, incomplete: record.Incomplete, lastGood: map[string]dockerconfig.Config{}}
 	for key, value := range record.LastGood {
 		config, _, err := dockerconfig.Parse(string(corev1.SecretTypeDockerConfigJson), map[string][]byte{corev1.DockerConfigJsonKey: value})
 		if err != nil {
@@ -73,7 +78,7 @@ func decodeState(raw []byte) (state, error) {
 
 // sameState reports whether writing b over a would change nothing.
 func sameState(a, b state) bool {
-	return !a.missing && a.counter == b.counter && maps.EqualFunc(a.lastGood, b.lastGood, sameConfig)
+	return a.resourceVersion != "" && a.counter == b.counter && a.incomplete == b.incomplete && maps.EqualFunc(a.lastGood, b.lastGood, sameConfig)
 }
 
 func sameConfig(a, b dockerconfig.Config) bool {
@@ -94,54 +99,102 @@ func equalEntries(a, b []dockerconfig.Entry) bool {
 
 // readState reads the state of a resource. One that cannot be decoded counts as missing.
 func (t *term) readState(ctx context.Context, uid types.UID) (state, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
-	missing := state{missing: true, lastGood: map[string]dockerconfig.Config{}}
+	missing := state{incomplete: true, lastGood: map[string]dockerconfig.Config{}}
 	secret, err := t.core.Secrets(t.config.Namespace).Get(ctx, impsync.StateName(uid), metav1.GetOptions{})
 	switch {
 	case apierrors.IsNotFound(err):
 		return missing, nil
 	case err != nil:
-		return missing, fmt.Errorf("read the state Secret: %w", err)
+		return missing, passing("read the state Secret", err)
 	}
 	s, err := decodeState(secret.Data[stateKey])
 	if err != nil {
 		t.log.Warn("cannot read a state Secret, going on without it", "secret", secret.Name, "error", err)
+		missing.resourceVersion = secret.ResourceVersion
 		return missing, nil
 	}
+	s.resourceVersion = secret.ResourceVersion
 	return s, nil
 }
 
-func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, raw []byte) error {
-	_, err := t.applyOwn(ctx, t.config.Namespace, impsync.StateName(ref.UID), impsync.StateType, ref, map[string][]byte{stateKey: raw})
-	return err
+// writeState writes a state over the one at this resourceVersion, where there is none over
+// none, and returns its new one. So no two leaders ever give out one counter: the second
+// fails with a conflict, and asks for the Lease.
+func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, raw []byte, resourceVersion string) (string, error) {
+	name := impsync.StateName(ref.UID)
+	owned := ownSecret(name, impsync.StateType, ref, map[string][]byte{stateKey: raw})
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
+	defer cancel()
+	secrets := t.core.Secrets(t.config.Namespace)
+	var written *corev1.Secret
+	var err error
+	if resourceVersion == "" {
+		written, err = secrets.Create(ctx, owned, metav1.CreateOptions{FieldManager: impsync.FieldManager})
+	} else {
+		owned.ResourceVersion = resourceVersion
+		written, err = applySecret(ctx, secrets, owned)
+	}
+	switch {
+	case apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
+		if err := t.holdsLease(ctx); err != nil {
+			return "", err
+		}
+		return "", fmt.Errorf("write Secret %s/%s: %w", t.config.Namespace, name, err)
+	case err != nil:
+		return "", passing(fmt.Sprintf("write Secret %s/%s", t.config.Namespace, name), err)
+	}
+	return written.ResourceVersion, nil
 }
 
-// applyOwn writes one of imps's own Secrets. It carries an owner reference to its
-// resource, so that it goes with it even where no coordinator runs.
-func (t *term) applyOwn(ctx context.Context, namespace, name string, secretType corev1.SecretType, owner impsync.ResourceRef, data map[string][]byte) (*corev1.Secret, error) {
-	body, err := json.Marshal(map[string]any{
-		"apiVersion": "v1", "kind": "Secret",
-		"metadata": map[string]any{
-			"name":            name,
-			"labels":          map[string]string{impsync.LabelComponent: componentOf(secretType)},
-			"ownerReferences": []metav1.OwnerReference{owner.OwnerReference()},
-		},
-		"type": secretType,
-		"data": data,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("encode Secret %s", name)
-	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+// writeRendered writes the rendered Secret of a resource.
+func (t *term) writeRendered(ctx context.Context, ref impsync.ResourceRef, data map[string][]byte) (*corev1.Secret, error) {
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
-	force := true
-	written, err := t.core.Secrets(namespace).Patch(ctx, name, types.ApplyPatchType, body, metav1.PatchOptions{FieldManager: impsync.FieldManager, Force: &force})
+	name := impsync.RenderedName(ref.UID)
+	written, err := applySecret(ctx, t.core.Secrets(t.config.RenderedNamespace), ownSecret(name, impsync.RenderedType, ref, data))
 	if err != nil {
-		return nil, fmt.Errorf("write Secret %s/%s: %w", namespace, name, err)
+		return nil, passing(fmt.Sprintf("write Secret %s/%s", t.config.RenderedNamespace, name), err)
 	}
 	return written, nil
 }
+
+// ownSecret is one of imps's own Secrets. It carries an owner reference to its resource,
+// so that it goes with it even where no coordinator runs.
+func ownSecret(name string, secretType corev1.SecretType, owner impsync.ResourceRef, data map[string][]byte) *corev1.Secret {
+	return &corev1.Secret{
+		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
+		ObjectMeta: metav1.ObjectMeta{
+			Name:            name,
+			Labels:          map[string]string{impsync.LabelComponent: componentOf(secretType)},
+			OwnerReferences: []metav1.OwnerReference{owner.OwnerReference()},
+		},
+		Type: secretType,
+		Data: data,
+	}
+}
+
+func applySecret(ctx context.Context, secrets corev1client.SecretInterface, secret *corev1.Secret) (*corev1.Secret, error) {
+	body, err := json.Marshal(secret)
+	if err != nil {
+		return nil, errors.New("encode")
+	}
+	force := true
+	return secrets.Patch(ctx, secret.Name, types.ApplyPatchType, body, metav1.PatchOptions{FieldManager: impsync.FieldManager, Force: &force})
+}
+
+// passingError is an error of an object of imps's own. That passes, whatever it says: a
+// namespace that is missing, say, comes back, and no event tells when.
+type passingError struct {
+	what string
+	err  error
+}
+
+func passing(what string, err error) error { return &passingError{what, err} }
+
+// Error says what failed. There is no Unwrap: what the error is to others does not count.
+func (e *passingError) Error() string { return e.what + ": " + impsync.Explain(e.err) }
 
 func componentOf(secretType corev1.SecretType) string {
 	if secretType == impsync.RenderedType {

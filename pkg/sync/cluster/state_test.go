@@ -9,6 +9,9 @@ import (
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	"github.com/imps-node/imps/pkg/dockerconfig"
 	impsync "github.com/imps-node/imps/pkg/sync"
@@ -28,6 +31,7 @@ func TestStateIsEncodedAndDecoded(t *testing.T) {
 	for name, s := range map[string]state{
 		"nothing":          {},
 		"a counter":        {counter: 42},
+		"incomplete":       {counter: 42, incomplete: true},
 		"the last counter": {counter: 1 << 63},
 		"sources": {counter: 7, lastGood: map[string]dockerconfig.Config{
 			"ns.a": configOf(t, "r.io=1", "s.io=2"), "ns.empty": {}, "ecr.1.dkr.ecr.eu-central-1.amazonaws.com": tokens, "ns.odd": odd,
@@ -37,8 +41,9 @@ func TestStateIsEncodedAndDecoded(t *testing.T) {
 		require.NoError(t, err, name)
 		got, err := decodeState(raw)
 		require.NoError(t, err, name)
+		s.resourceVersion = "5" // as it was read
 		require.True(t, sameState(s, got), name)
-		require.False(t, got.missing)
+		require.Equal(t, s.incomplete, got.incomplete)
 		require.Len(t, got.lastGood, len(s.lastGood))
 		for range 10 {
 			again, err := encodeState(s)
@@ -52,11 +57,13 @@ func TestStateIsEncodedAndDecoded(t *testing.T) {
 func TestSameState(t *testing.T) {
 	t.Parallel()
 	with := func(counter uint64, key string, registries ...string) state {
-		return state{counter: counter, lastGood: map[string]dockerconfig.Config{key: configOf(t, registries...)}}
+		return state{counter: counter, lastGood: map[string]dockerconfig.Config{key: configOf(t, registries...)}, resourceVersion: "5"}
 	}
 	a := with(1, "a", "r.io=1", "s.io=2")
-	missing := with(1, "a", "r.io=1", "s.io=2")
-	missing.missing = true
+	incomplete := with(1, "a", "r.io=1", "s.io=2")
+	incomplete.incomplete = true
+	absent := with(1, "a", "r.io=1", "s.io=2")
+	absent.resourceVersion = ""
 	for name, test := range map[string]struct {
 		known state
 		want  bool
@@ -67,12 +74,13 @@ func TestSameState(t *testing.T) {
 		"another source":      {with(1, "b", "r.io=1", "s.io=2"), false},
 		"another password":    {with(1, "a", "r.io=1", "s.io=3"), false},
 		"one registry less":   {with(1, "a", "r.io=1"), false},
-		"no sources":          {state{counter: 1}, false},
-		"the same, not there": {missing, false},
+		"no sources":          {state{counter: 1, resourceVersion: "5"}, false},
+		"incomplete":          {incomplete, false},
+		"the same, not there": {absent, false},
 	} {
 		require.Equal(t, test.want, sameState(test.known, a), name)
 	}
-	require.True(t, sameState(state{}, state{lastGood: map[string]dockerconfig.Config{}}))
+	require.True(t, sameState(state{resourceVersion: "5"}, state{lastGood: map[string]dockerconfig.Config{}}))
 }
 
 func TestAStateThatFitsIntoNoSecretIsAnError(t *testing.T) {
@@ -136,6 +144,7 @@ func FuzzDecodeState(f *testing.F) {
 		}
 		again, err := decodeState(encoded)
 		require.NoError(t, err)
+		s.resourceVersion = "5" // as it was read
 		require.True(t, sameState(s, again))
 		twice, err := encodeState(again)
 		require.NoError(t, err)
@@ -143,8 +152,33 @@ func FuzzDecodeState(f *testing.F) {
 	})
 }
 
+// A namespace of our own that is missing is no reason to give a resource up.
+func TestErrorsOfOwnObjectsPassWhateverTheySay(t *testing.T) {
+	t.Parallel()
+	for _, err := range []error{
+		apierrors.NewNotFound(corev1.Resource("namespaces"), "imps-rendered"), apierrors.NewForbidden(corev1.Resource("secrets"), "x", errors.New("no")),
+		apierrors.NewInvalid(corev1.SchemeGroupVersion.WithKind("Secret").GroupKind(), "x", field.ErrorList{field.Invalid(field.NewPath("data"), canary, "x")}),
+		errSuperseded,
+	} {
+		passes := passing("write Secret x", err)
+		require.Equal(t, impsync.ClassRetry, impsync.ClassifyError(passes))
+		require.Equal(t, "write Secret x: "+impsync.Explain(err), passes.Error())
+		require.NotErrorIs(t, passes, err)
+		requireSilent(t, passes.Error())
+	}
+}
+
 func TestOwnSecretsSayWhatTheyAre(t *testing.T) {
 	t.Parallel()
+	ref := impsync.ResourceRef{Name: "a", UID: "uid-a"}
+	s := ownSecret("x", impsync.StateType, ref, map[string][]byte{"state": []byte("y")})
+	require.Equal(t, &corev1.Secret{
+		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
+		ObjectMeta: metav1.ObjectMeta{
+			Name: "x", Labels: map[string]string{"images.banzaicloud.io/component": "state"}, OwnerReferences: []metav1.OwnerReference{ref.OwnerReference()},
+		},
+		Type: "images.banzaicloud.io/state", Data: map[string][]byte{"state": []byte("y")},
+	}, s)
 	require.Equal(t, "rendered", componentOf(impsync.RenderedType))
 	require.Equal(t, "state", componentOf(impsync.StateType))
 }

@@ -63,16 +63,19 @@ type summary struct {
 	undeletable []string
 }
 
-func (c *claim) summarize() summary {
+// summarize adds up the outcomes of a claim. The caller holds the lock.
+func (t *term) summarize(c *claim) summary {
 	var s summary
+	for key, u := range t.undeletable {
+		if u.owner == c.ref.UID {
+			s.undeletable = append(s.undeletable, key.String()+": "+u.message)
+		}
+	}
 	counter := c.rendered.Target.Revision().Counter
 	for namespace, o := range c.outcomes {
 		switch o.kind {
 		case excluded:
 			s.counts.Excluded++
-			continue
-		case undeletable:
-			s.undeletable = append(s.undeletable, namespace+": "+o.message)
 			continue
 		case conflicted, foreign, failed:
 			s.failed = append(s.failed, namespace+": "+o.message)
@@ -107,7 +110,7 @@ func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
 		t.statusQueue.AddAfter(uid, wait)
 		return nil
 	}
-	s := c.summarize()
+	s := t.summarize(c)
 	status := t.statusOf(r, c, s)
 	counter := c.rendered.Target.Revision().Counter
 	rotated := status.Status == v1alpha1.StatusReady && c.reported != counter && c.reported != 0
@@ -196,7 +199,7 @@ func (t *term) secretsReady(c *claim, s summary) metav1.Condition {
 		condition.Reason, condition.Message = reasonFailed, "the credentials cannot be rendered, and this will be tried again: "+impsync.Explain(c.failure)
 	case len(c.skipped) > 0:
 		condition.Reason, condition.Message = reasonInvalid, errors.Join(c.skipped...).Error()+"; this selector is left out, the others are served"
-	case c.rendered.Target.IsZero() && len(c.sources) > 0:
+	case c.rendered.Target.IsZero() && !c.withdrawn && len(c.sources) > 0:
 		condition.Reason, condition.Message = reasonNothing, "no source has given credentials yet, so there is no Secret to deliver"
 	case len(s.failed) > 0:
 		condition.Reason, condition.Message = reasonFailed, progress+"; not "+listed(s.failed)
@@ -275,7 +278,7 @@ func (t *term) writeStatus(ctx context.Context, r *v1alpha1.ImagePullSecret, sta
 	if err != nil {
 		return fmt.Errorf("encode status: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	return t.images.Patch(types.JSONPatchType).Resource(v1alpha1.Resource.Resource).Name(r.Name).SubResource("status").
 		Param("fieldManager", impsync.FieldManager).Body(patch).Do(ctx).Error()

@@ -55,16 +55,27 @@ func TestSummarize(t *testing.T) {
 			},
 			summary{counts: v1alpha1.NamespaceCounts{Selected: 4}, managed: []string{"d"}, failed: []string{"a: quota", "b: an older one", "c: a user's", "d: no"}},
 		},
-		"what cannot be deleted is not selected": {
-			map[string]outcome{"b": {kind: undeletable, message: "no"}, "a": {kind: undeletable, message: "no"}},
-			summary{undeletable: []string{"a: no", "b: no"}},
-		},
 	}
 	for name, test := range tests {
-		c := newClaim(resource(t, "a", 0, byName), renderedAt(t, resource(t, "a", 0, byName), 7))
-		c.outcomes = test.outcomes
-		require.Equal(t, test.want, c.summarize(), name)
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+				c.outcomes = test.outcomes
+				require.Equal(t, test.want, s.summarize(c))
+			})
+		})
 	}
+}
+
+func TestWhatCouldNotBeDeletedCountsForItsOwner(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		for _, namespace := range []string{"b", "a"} {
+			s.undeletable[targetKey{namespace, "pull"}] = undeletable{owner: "uid-a", message: "no"}
+			s.undeletable[targetKey{namespace, "other"}] = undeletable{owner: "uid-b", message: "no"}
+		}
+		require.Equal(t, summary{undeletable: []string{"a/pull: no", "b/pull: no"}}, s.summarize(c), "it is not selected")
+	})
 }
 
 func TestReady(t *testing.T) {
@@ -134,6 +145,14 @@ func TestStatusOf(t *testing.T) {
 			},
 			status: "Ready", conditions: []string{"Ready=True Ready", "SourcesReady=True Ready", "SecretsReady=True Ready"},
 		},
+		"it asks for nothing any more": {
+			target: `{}`, edit: func(t *testing.T, s *situation, c *claim) {
+				t.Helper()
+				require.NoError(t, s.withdraw(t.Context(), c))
+			},
+			status: "Ready", conditions: []string{"Ready=True Ready", "SourcesReady=True Ready", "SecretsReady=True Ready"},
+			says: "0 of 0 selected namespaces have the Secret",
+		},
 		"in progress: neither Ready nor Failed": {
 			target: byName, edit: func(_ *testing.T, _ *situation, c *claim) {
 				c.outcomes = map[string]outcome{"n": {kind: delivered, counter: 7}, "m": {kind: pending}}
@@ -201,11 +220,12 @@ func TestStatusOf(t *testing.T) {
 			says: `this will be tried again: secrets "x" is forbidden: no`,
 		},
 		"a Secret could not be deleted": {
-			target: byName, edit: func(_ *testing.T, _ *situation, c *claim) {
-				c.outcomes = map[string]outcome{"n": {kind: delivered, counter: 7}, "m": {kind: undeletable, message: "forbidden"}}
+			target: byName, edit: func(_ *testing.T, s *situation, c *claim) {
+				c.outcomes = map[string]outcome{"n": {kind: delivered, counter: 7}}
+				s.undeletable[targetKey{"m", "pull"}] = undeletable{owner: "uid-a", message: "forbidden"}
 			},
 			status: "Failed", conditions: []string{"Ready=False DeliveryFailed", "SourcesReady=True Ready", "SecretsReady=False DeliveryFailed"},
-			says: "Secrets that are no longer wanted could not be deleted: m: forbidden",
+			says: "Secrets that are no longer wanted could not be deleted: m/pull: forbidden",
 		},
 		"serviceAccounts are not supported": {
 			target: `{secret: {name: pull}, serviceAccounts: {names: [default]}, rescue: true}`,
@@ -246,7 +266,7 @@ func TestStatusOf(t *testing.T) {
 				if test.edit != nil {
 					test.edit(t, s, c)
 				}
-				status := s.statusOf(r, c, c.summarize())
+				status := s.statusOf(r, c, s.summarize(c))
 				require.Equal(t, test.status, status.Status)
 				require.Equal(t, int64(4), status.ObservedGeneration, "that of the spec that was worked on")
 				var conditions []string
@@ -276,7 +296,7 @@ func TestManagedNamespacesAreSortedAndTheirNumberIsLimited(t *testing.T) {
 			c.outcomes[fmt.Sprintf("n%04d", i)] = outcome{kind: delivered, counter: 7}
 		}
 		c.outcomes["failed"] = outcome{kind: failed}
-		status := s.statusOf(r, c, c.summarize())
+		status := s.statusOf(r, c, s.summarize(c))
 		require.Len(t, status.ManagedNamespaces, 1000)
 		require.True(t, slices.IsSorted(status.ManagedNamespaces))
 		require.Equal(t, "n0000", status.ManagedNamespaces[0])
@@ -290,18 +310,18 @@ func TestConditionsKeepTheTimeOfTheirLastTransition(t *testing.T) {
 		r := resource(t, "a", 0, byName)
 		c := s.claimOf(t, r, 7)
 		c.outcomes["n"] = outcome{kind: delivered, counter: 7}
-		r.Status = s.statusOf(r, c, c.summarize())
+		r.Status = s.statusOf(r, c, s.summarize(c))
 		first := metav1.NewTime(time.Now().Truncate(time.Second))
 		<-time.After(time.Hour)
 		c.generation = 2
 		c.outcomes["m"] = outcome{kind: delivered, counter: 7}
-		same := s.statusOf(r, c, c.summarize())
+		same := s.statusOf(r, c, s.summarize(c))
 		for _, condition := range same.Conditions {
 			require.Equal(t, first, condition.LastTransitionTime)
 			require.Equal(t, int64(2), condition.ObservedGeneration)
 		}
 		c.outcomes["m"] = outcome{kind: foreign, message: "x"}
-		changed := s.statusOf(r, c, c.summarize())
+		changed := s.statusOf(r, c, s.summarize(c))
 		for _, condition := range changed.Conditions {
 			if condition.Type == v1alpha1.ConditionSourcesReady {
 				require.Equal(t, first, condition.LastTransitionTime)
@@ -320,7 +340,7 @@ func TestNoMessageIsTooLongForTheAPIServer(t *testing.T) {
 		long := strings.Repeat("é", maxMessage)
 		check := func() {
 			t.Helper()
-			status := s.statusOf(r, c, c.summarize())
+			status := s.statusOf(r, c, s.summarize(c))
 			for _, condition := range status.Conditions {
 				require.LessOrEqual(t, len(condition.Message), maxMessage)
 				require.True(t, strings.ToValidUTF8(condition.Message, "") == condition.Message)
@@ -339,9 +359,17 @@ func TestNoMessageIsTooLongForTheAPIServer(t *testing.T) {
 	})
 }
 
-// eventsOf returns what emit tells: "<type> <reason> <message>".
-func eventsOf(s *situation, r *v1alpha1.ImagePullSecret, status v1alpha1.ImagePullSecretStatus, sum summary) []string {
-	s.emit(r, status, sum)
+// events returns what is told of a claim as it is now, "<type> <reason> <message>", and has
+// the resource carry the status that was told of.
+func (s *situation) events(r *v1alpha1.ImagePullSecret, c *claim) []string {
+	sum := s.summarize(c)
+	status := s.statusOf(r, c, sum)
+	s.emit(r, c, status, sum)
+	if status.Status == v1alpha1.StatusReady {
+		now := metav1.Now()
+		status.LastSuccessfulReconciliation = &now
+	}
+	r.Status = status
 	var events []string
 	for {
 		select {
@@ -356,21 +384,21 @@ func eventsOf(s *situation, r *v1alpha1.ImagePullSecret, status v1alpha1.ImagePu
 func TestEventsTellWhatHasChanged(t *testing.T) {
 	t.Parallel()
 	tests := map[string]struct {
-		edit func(c *claim)
+		edit func(s *situation, c *claim)
 		// events are how each begins.
 		events []string
 	}{
-		"all is done for the first time": {func(*claim) {}, []string{"Normal Reconciled everything"}},
-		"in progress":                    {func(c *claim) { c.outcomes["n"] = outcome{kind: pending} }, nil},
-		"a source fails": {func(c *claim) { c.sources = map[string]string{"ns.a": "not found"} }, []string{
+		"all is done for the first time": {func(*situation, *claim) {}, []string{"Normal Reconciled everything"}},
+		"in progress":                    {func(_ *situation, c *claim) { c.outcomes["n"] = outcome{kind: pending} }, nil},
+		"a source fails": {func(_ *situation, c *claim) { c.sources = map[string]string{"ns.a": "not found"} }, []string{
 			"Warning SourceCredentialsError 1 of 1 sources cannot be used: ns.a: not found",
 		}},
-		"a namespace fails":               {func(c *claim) { c.outcomes["n"] = outcome{kind: failed, message: "no"} }, []string{"Warning SecretReconciliationError 0 of 1"}},
-		"a Secret could not be deleted":   {func(c *claim) { c.outcomes["n"] = outcome{kind: undeletable, message: "no"} }, []string{"Warning SecretDeletionError "}},
-		"the spec is wrong":               {func(c *claim) { c.problem = errors.New("bad") }, []string{"Warning ReconciliationFailed bad"}},
-		"a selector was skipped":          {func(c *claim) { c.skipped = []error{errors.New("bad")} }, []string{"Warning ReconciliationFailed bad"}},
-		"the credentials are not written": {func(c *claim) { c.failure = errors.New("bad") }, []string{"Warning ReconciliationFailed the credentials cannot be rendered"}},
-		"a source and a namespace fail": {func(c *claim) {
+		"a namespace fails":               {func(_ *situation, c *claim) { c.outcomes["n"] = outcome{kind: failed, message: "no"} }, []string{"Warning SecretReconciliationError 0 of 1"}},
+		"a Secret could not be deleted":   {func(s *situation, _ *claim) { s.undeletable[s.key] = undeletable{owner: "uid-a", message: "no"} }, []string{"Warning SecretDeletionError "}},
+		"the spec is wrong":               {func(_ *situation, c *claim) { c.problem = errors.New("bad") }, []string{"Warning ReconciliationFailed bad"}},
+		"a selector was skipped":          {func(_ *situation, c *claim) { c.skipped = []error{errors.New("bad")} }, []string{"Warning ReconciliationFailed bad"}},
+		"the credentials are not written": {func(_ *situation, c *claim) { c.failure = errors.New("bad") }, []string{"Warning ReconciliationFailed the credentials cannot be rendered"}},
+		"a source and a namespace fail": {func(_ *situation, c *claim) {
 			c.sources, c.outcomes["n"] = map[string]string{"ns.a": "not found"}, outcome{kind: failed, message: "no"}
 		}, []string{"Warning SourceCredentialsError ", "Warning SecretReconciliationError "}},
 	}
@@ -380,31 +408,50 @@ func TestEventsTellWhatHasChanged(t *testing.T) {
 				r := resource(t, "a", 0, byName)
 				c := s.claimOf(t, r, 7)
 				c.sources = map[string]string{"ns.a": "Ok"}
-				test.edit(c)
-				sum := c.summarize()
-				status := s.statusOf(r, c, sum)
-				events := eventsOf(s, r, status, sum)
+				test.edit(s, c)
+				events := s.events(r, c)
 				require.Len(t, events, len(test.events), events)
 				for i, event := range events {
 					require.True(t, strings.HasPrefix(event, test.events[i]), event)
 				}
-				// The same again is no news.
-				if status.Status == "Ready" {
-					now := metav1.Now()
-					status.LastSuccessfulReconciliation = &now
-				}
-				r.Status = status
-				require.Empty(t, eventsOf(s, r, s.statusOf(r, c, sum), sum))
+				require.Empty(t, s.events(r, c), "the same again is no news")
+				// Nor is it to the next leader, who finds the status.
+				c.told = nil
+				require.Empty(t, s.events(r, c))
 			})
 		})
 	}
+}
+
+func TestACauseIsToldOnceHoweverTheNumbersChange(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := resource(t, "a", 0, byName)
+		c := s.claimOf(t, r, 7)
+		c.outcomes["n"] = outcome{kind: failed, message: "no"}
+		require.Len(t, s.events(r, c), 1)
+		for i := range 100 {
+			c.outcomes[fmt.Sprintf("x%d", i)] = outcome{kind: delivered, counter: 7}
+			require.Empty(t, s.events(r, c))
+		}
+		c.outcomes["m"] = outcome{kind: failed, message: "no"}
+		require.Len(t, s.events(r, c), 1, "another namespace fails")
+		c.outcomes["m"] = outcome{kind: failed, message: "quota"}
+		require.Len(t, s.events(r, c), 1, "it fails for another cause")
+		delete(c.outcomes, "m")
+		delete(c.outcomes, "n")
+		require.Len(t, s.events(r, c), 1, "all is done for the first time")
+		c.outcomes["m"] = outcome{kind: failed, message: "quota"}
+		require.Len(t, s.events(r, c), 1, "it fails again")
+		delete(c.outcomes, "m")
+		require.Empty(t, s.events(r, c), "all is done again")
+	})
 }
 
 func TestAnUnsupportedFieldIsAnEvent(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		r := resource(t, "a", 0, `{secret: {name: pull}, kubelet: {}}`)
 		c := s.claimOf(t, r, 7)
-		events := eventsOf(s, r, s.statusOf(r, c, c.summarize()), c.summarize())
+		events := s.events(r, c)
 		require.Len(t, events, 1)
 		require.Contains(t, events[0], "Warning ReconciliationFailed spec.target.kubelet is set")
 	})
@@ -465,10 +512,11 @@ func TestStatusIsNotWrittenWhereNothingHasChanged(t *testing.T) {
 		r := resource(t, "a", 0, byName)
 		c := s.claimOf(t, r, 7)
 		c.outcomes["n"] = outcome{kind: delivered, counter: 7}
-		r.Status = s.statusOf(r, c, c.summarize())
+		r.Status = s.statusOf(r, c, s.summarize(c))
 		require.NoError(t, s.reconcileStatus(t.Context(), "uid-a"))
 		require.Equal(t, uint64(7), c.reported)
 		require.Zero(t, c.statusWritten)
+		require.Empty(t, s.server().asked())
 
 		// A rotation changes nothing in it but the time of the last success.
 		c.reported = 6
@@ -485,6 +533,7 @@ func TestStatusIsNotWrittenBeforeEverythingWasRead(t *testing.T) {
 		c.unread = true
 		require.NoError(t, s.reconcileStatus(t.Context(), "uid-a"))
 		require.NoError(t, s.reconcileStatus(t.Context(), "unknown"))
+		require.Empty(t, s.server().asked())
 	})
 }
 
@@ -500,7 +549,9 @@ func TestStatusIsWrittenAtMostOnceASecond(t *testing.T) {
 		<-time.After(2)
 		synctest.Wait()
 		require.Equal(t, []string{"uid-a"}, s.queuedStatuses())
+		require.Empty(t, s.server().asked())
 		require.Error(t, s.reconcileStatus(t.Context(), "uid-a"), "now it is written, and the server is away")
+		require.Equal(t, []string{"PATCH /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a/status"}, s.server().asked())
 	})
 }
 

@@ -69,6 +69,12 @@ type term struct {
 	targets map[string]*impsync.Mirror[impsync.Existing]
 	sources map[types.NamespacedName]*source
 	demand  demand
+	// undeletable are Secrets that are not wanted and could not be deleted.
+	undeletable map[targetKey]undeletable
+	// withoutAgent is the number of nodes without a report.
+	withoutAgent int
+	// nodeGone is when a node was deleted.
+	nodeGone map[string]time.Time
 }
 
 // namespaceMeta is what is kept of a Namespace.
@@ -106,6 +112,8 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 		byTarget:    map[string]map[types.UID]*claim{},
 		targets:     map[string]*impsync.Mirror[impsync.Existing]{},
 		sources:     map[types.NamespacedName]*source{},
+		undeletable: map[targetKey]undeletable{},
+		nodeGone:    map[string]time.Time{},
 		demand:      demand{byNode: map[string]map[demandKey]struct{}{}, states: map[demandKey]*demandState{}},
 	}
 	t.resources = impsync.NewMirror(impsync.MirrorConfig[*v1alpha1.ImagePullSecret]{
@@ -135,14 +143,14 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 	})
 	t.reports = impsync.NewMirror(impsync.MirrorConfig[reportObject]{
 		Name: "node reports", Example: &corev1.ConfigMap{}, Log: c.log,
-		ListWatch: typedListWatch(c.core.ConfigMaps(c.config.Namespace).List, c.core.ConfigMaps(c.config.Namespace).Watch,
+		ListWatch: impsync.TypedListWatch(c.core.ConfigMaps(c.config.Namespace).List, c.core.ConfigMaps(c.config.Namespace).Watch,
 			metav1.ListOptions{LabelSelector: impsync.LabelComponent + "=" + impsync.ComponentReport}),
 		Convert:  func(o runtime.Object) reportObject { return reportOf(o.(*corev1.ConfigMap)) },
 		OnChange: t.reportChanged,
 	})
 	t.rendered = impsync.NewMirror(impsync.MirrorConfig[renderedSecret]{
 		Name: "rendered Secrets", Example: &corev1.Secret{}, Log: c.log,
-		ListWatch: typedListWatch(c.core.Secrets(c.config.RenderedNamespace).List, c.core.Secrets(c.config.RenderedNamespace).Watch, metav1.ListOptions{}),
+		ListWatch: impsync.TypedListWatch(c.core.Secrets(c.config.RenderedNamespace).List, c.core.Secrets(c.config.RenderedNamespace).Watch, metav1.ListOptions{}),
 		Convert:   func(o runtime.Object) renderedSecret { return renderedOf(o.(*corev1.Secret)) },
 		OnChange:  t.renderedChanged,
 		Newer: func(a, b renderedSecret) bool {
@@ -181,7 +189,7 @@ func renderedOf(s *corev1.Secret) renderedSecret {
 }
 
 func imagesListWatch(c *Coordinator) cache.ListerWatcher {
-	return typedListWatch(
+	return impsync.TypedListWatch(
 		func(ctx context.Context, options metav1.ListOptions) (*v1alpha1.ImagePullSecretList, error) {
 			list := &v1alpha1.ImagePullSecretList{}
 			err := c.images.Get().Resource(v1alpha1.Resource.Resource).VersionedParams(&options, metav1.ParameterCodec).Do(ctx).Into(list)
@@ -192,23 +200,6 @@ func imagesListWatch(c *Coordinator) cache.ListerWatcher {
 			return c.images.Get().Resource(v1alpha1.Resource.Resource).VersionedParams(&options, metav1.ParameterCodec).Watch(ctx)
 		},
 		metav1.ListOptions{})
-}
-
-func typedListWatch[L runtime.Object](
-	list func(context.Context, metav1.ListOptions) (L, error),
-	watcher func(context.Context, metav1.ListOptions) (watch.Interface, error),
-	selectors metav1.ListOptions,
-) cache.ListerWatcher {
-	return &cache.ListWatch{
-		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
-			options.FieldSelector, options.LabelSelector = selectors.FieldSelector, selectors.LabelSelector
-			return list(ctx, options)
-		},
-		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
-			options.FieldSelector, options.LabelSelector = selectors.FieldSelector, selectors.LabelSelector
-			return watcher(ctx, options)
-		},
-	}
 }
 
 // run leads until ctx ends or the term is over; then it finishes what is in flight.
@@ -226,9 +217,13 @@ func (t *term) run(ctx context.Context) error {
 		extra.Wait()
 	}()
 	t.background = func(f func(context.Context)) context.CancelFunc {
-		ctx, cancel := context.WithCancel(ctx)
-		extra.Go(func() { f(ctx) })
-		return cancel
+		ctx, end := context.WithCancel(ctx)
+		extra.Go(func() {
+			if err := impsync.RunTasks(ctx, func(ctx context.Context) error { f(ctx); return nil }); err != nil {
+				cancel(err)
+			}
+		})
+		return end
 	}
 
 	mirror := func(run func(context.Context)) func(context.Context) error {
@@ -257,8 +252,8 @@ func (t *term) run(ctx context.Context) error {
 			)
 			return impsync.RunTasks(ctx, serve...)
 		})
-	if cause := context.Cause(ctx); err == nil && errors.Is(cause, errSuperseded) {
-		return cause
+	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) {
+		return cause // superseded, or a panic beside the tasks
 	}
 	return err
 }
@@ -290,15 +285,7 @@ func (t *term) begin(ctx context.Context) bool {
 			t.mirrorTargets(name)
 		}
 	}
-	targets := slices.Collect(maps.Values(t.targets))
 	t.mu.Unlock()
-	for _, mirror := range targets {
-		select {
-		case <-mirror.Synced():
-		case <-ctx.Done():
-			return false
-		}
-	}
 	var stale []types.UID
 	var reported []string
 	renderedOf := map[types.UID]impsync.Rendered{}
@@ -320,7 +307,9 @@ func (t *term) begin(ctx context.Context) bool {
 		if r.DeletionTimestamp != nil {
 			continue
 		}
-		t.putClaim(newClaim(r, renderedOf[uid]))
+		c := newClaim(r, renderedOf[uid])
+		t.putClaim(c)
+		t.expectOutcomes(c)
 	}
 	for uid := range renderedOf {
 		if _, ok := t.byUID[uid]; !ok {
@@ -344,7 +333,7 @@ func (t *term) begin(ctx context.Context) bool {
 // namesInUse lists the names of all Secrets with our label. Only with "*" as the allowed
 // names may the coordinator list across names.
 func (t *term) namesInUse(ctx context.Context) ([]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, 6*callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, 6*impsync.CallTimeout)
 	defer cancel()
 	list, err := t.metadata.Resource(impsync.SecretResource).List(ctx, metav1.ListOptions{LabelSelector: impsync.LabelOwnerUID})
 	if err != nil {
@@ -357,13 +346,18 @@ func (t *term) namesInUse(ctx context.Context) ([]string, error) {
 	return slices.Collect(maps.Keys(names)), nil
 }
 
-// workersOf returns n tasks that work a queue off until it is shut down. Errors stop here:
-// each is logged once, and its class decides when the item comes back.
+// workersOf returns n tasks that work a queue off until their context ends; what is begun
+// goes on under work, which outlives it a little. Errors stop here: each is logged once,
+// and its class decides when the item comes back.
 func workersOf[K comparable](work context.Context, t *term, n int, what string, queue workqueue.TypedRateLimitingInterface[K], reconcile func(context.Context, K) error) []func(context.Context) error {
-	worker := func(context.Context) error {
+	worker := func(ctx context.Context) error {
 		for {
 			item, shutdown := queue.Get()
 			if shutdown {
+				return nil
+			}
+			if ctx.Err() != nil { // a queue that is shut down hands out what is still in it
+				queue.Done(item)
 				return nil
 			}
 			err := reconcile(work, item)
@@ -399,10 +393,12 @@ func comeBack[K comparable](queue workqueue.TypedRateLimitingInterface[K], item 
 }
 
 func (t *term) logFailure(ctx context.Context, what, item string, err error) {
-	level := slog.LevelWarn
+	// What passes is many lines where the API server is away, and the watches tell of that
+	// in one. The status tells of what does not pass.
+	level := slog.LevelDebug
 	class := impsync.ClassifyError(err)
-	if class == impsync.ClassConflict || class == impsync.ClassGone {
-		level = slog.LevelDebug
+	if class == impsync.ClassWait || class == impsync.ClassTerminal {
+		level = slog.LevelWarn
 	}
 	t.log.Log(ctx, level, "failed, will look at it again", "what", what, "item", item, "class", class.String(), "error", impsync.Explain(err))
 }

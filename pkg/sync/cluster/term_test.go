@@ -290,14 +290,37 @@ func TestATermThatEndsBeforeItsFirstListsDoesNotBegin(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		require.False(t, s.begin(ctx))
-
-		s.knows(nil, nil, nil)
-		s.mirrorOf(t, "pull")
-		s.targets["other"] = impsync.NewMirror(impsync.MirrorConfig[impsync.Existing]{})
-		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
+		s.started = false
 		require.False(t, s.begin(ctx), "nothing is judged by half of what is known")
+
 		require.False(t, s.started)
+	})
+}
+
+func TestATermWithoutAServerEndsWhenItIsTold(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- s.run(ctx) }()
+		<-time.After(10 * time.Minute)
+		require.NotEmpty(t, s.server().asked())
+		require.False(t, s.Leading())
+		start := time.Now()
+		cancel()
+		require.NoError(t, <-done)
+		require.Less(t, time.Since(start), impsync.Grace)
+		synctest.Wait()
+		require.Empty(t, s.server().asked())
+	})
+}
+
+func TestATermThatIsSupersededSaysSo(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		done := make(chan error)
+		go func() { done <- s.run(t.Context()) }()
+		<-time.After(time.Second)
+		synctest.Wait()
+		s.stop(fmt.Errorf("x: %w", errSuperseded))
+		require.ErrorIs(t, <-done, errSuperseded)
 	})
 }

@@ -18,14 +18,11 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/watch"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/util/workqueue"
 
 	impsync "github.com/imps-node/imps/pkg/sync"
@@ -36,8 +33,6 @@ const (
 	duty = "node"
 	// workers bound the requests in flight of one node.
 	workers = 8
-	// callTimeout bounds one request to the API server.
-	callTimeout = 10 * time.Second
 	// reportInterval is the shortest time between two writes of the report.
 	reportInterval = time.Second
 )
@@ -144,11 +139,11 @@ func New(config Config) (*Agent, error) {
 		namespaces:  map[string]*namespace{},
 		fastPath: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "imps_fast_path_seconds",
-			Help:    "From the moment the agent sees a waiting Pod of a selected namespace to the moment its Secret is known to be there.",
+			Help:    "From the moment the agent sees a waiting Pod of a selected namespace to the moment it has created the Secret.",
 			Buckets: []float64{.001, .002, .005, .01, .02, .04, .08, .16, .32, 1, 5, 30},
 		}),
 	}
-	if a.core, err = corev1client.NewForConfigAndClient(protobuf(config.Client), connection); err != nil {
+	if a.core, err = corev1client.NewForConfigAndClient(impsync.Protobuf(config.Client), connection); err != nil {
 		return nil, fmt.Errorf("client: %w", err)
 	}
 	if a.metadata, err = metadata.NewForConfigAndClient(config.Client, connection); err != nil {
@@ -162,50 +157,25 @@ func New(config Config) (*Agent, error) {
 	}
 	a.pods = impsync.NewMirror(impsync.MirrorConfig[pod]{
 		Name: "pods of the node", Example: &corev1.Pod{}, Log: a.log,
-		ListWatch: typedListWatch(a.core.Pods("").List, a.core.Pods("").Watch,
-			fields.OneTermEqualSelector("spec.nodeName", config.NodeName)),
+		ListWatch: impsync.TypedListWatch(a.core.Pods("").List, a.core.Pods("").Watch,
+			metav1.ListOptions{FieldSelector: "spec.nodeName=" + config.NodeName}),
 		Convert:  convertPod,
 		OnChange: a.podChanged,
 	})
 	a.rendered = impsync.NewMirror(impsync.MirrorConfig[renderedSecret]{
 		Name: "rendered Secrets", Example: &corev1.Secret{}, Log: a.log,
-		ListWatch: typedListWatch(a.core.Secrets(config.RenderedNamespace).List, a.core.Secrets(config.RenderedNamespace).Watch, fields.Everything()),
+		ListWatch: impsync.TypedListWatch(a.core.Secrets(config.RenderedNamespace).List, a.core.Secrets(config.RenderedNamespace).Watch, metav1.ListOptions{}),
 		Convert:   convertRendered,
 		OnChange:  a.renderedChanged,
 	})
 	a.report = impsync.NewMirror(impsync.MirrorConfig[string]{
 		Name: "node report", Example: &corev1.ConfigMap{}, Log: a.log,
-		ListWatch: typedListWatch(a.core.ConfigMaps(config.Namespace).List, a.core.ConfigMaps(config.Namespace).Watch,
-			fields.OneTermEqualSelector(metav1.ObjectNameField, impsync.ReportName(config.NodeName))),
+		ListWatch: impsync.TypedListWatch(a.core.ConfigMaps(config.Namespace).List, a.core.ConfigMaps(config.Namespace).Watch,
+			metav1.ListOptions{FieldSelector: metav1.ObjectNameField + "=" + impsync.ReportName(config.NodeName)}),
 		Convert:  func(o runtime.Object) string { return o.(*corev1.ConfigMap).Data[impsync.ReportKey] },
 		OnChange: func(types.NamespacedName, *string, *string) { a.dirty() },
 	})
 	return a, nil
-}
-
-// protobuf is cheaper to decode than JSON, for types that have it.
-func protobuf(config *rest.Config) *rest.Config {
-	config = rest.CopyConfig(config)
-	config.ContentType = runtime.ContentTypeProtobuf
-	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
-	return config
-}
-
-func typedListWatch[L runtime.Object](
-	list func(context.Context, metav1.ListOptions) (L, error),
-	watcher func(context.Context, metav1.ListOptions) (watch.Interface, error),
-	selector fields.Selector,
-) cache.ListerWatcher {
-	return &cache.ListWatch{
-		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
-			options.FieldSelector = selector.String()
-			return list(ctx, options)
-		},
-		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
-			options.FieldSelector = selector.String()
-			return watcher(ctx, options)
-		},
-	}
 }
 
 // Ready returns nil once the agent has seen its Pods, the rendered Secrets and its report.
@@ -223,19 +193,24 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.queue = workqueue.NewTypedRateLimitingQueueWithConfig(
 		workqueue.NewTypedItemExponentialFailureRateLimiter[string](50*time.Millisecond, time.Minute),
 		workqueue.TypedRateLimitingQueueConfig[string]{Name: "node-namespaces"})
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancelCause(ctx)
 	work, stop := impsync.WithGrace(ctx)
 	defer stop()
 	var watches sync.WaitGroup
 	defer func() {
-		cancel()
+		cancel(nil)
 		watches.Wait()
 	}()
 	a.watchNamespace = func(name string, ns *namespace) {
-		ctx, cancel := context.WithCancel(ctx)
-		ns.stop = cancel
+		ctx, stop := context.WithCancel(ctx)
+		ns.stop = stop
 		mirror := a.namespaceMirror(name, ns)
-		watches.Go(func() { mirror.Run(ctx) })
+		watches.Go(func() {
+			err := impsync.RunTasks(ctx, func(ctx context.Context) error { mirror.Run(ctx); return nil })
+			if err != nil {
+				cancel(err)
+			}
+		})
 	}
 
 	tasks := []func(context.Context) error{
@@ -260,8 +235,8 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.log.Info("serving", "node", a.config.NodeName)
 			serve := []func(context.Context) error{func(ctx context.Context) error { return a.keepReport(ctx, work) }}
 			for range workers {
-				serve = append(serve, func(context.Context) error {
-					for a.next(work) {
+				serve = append(serve, func(ctx context.Context) error {
+					for a.next(ctx, work) {
 					}
 					return nil
 				})
@@ -269,7 +244,11 @@ func (a *Agent) Run(ctx context.Context) error {
 			return impsync.RunTasks(ctx, serve...)
 		},
 	}
-	return impsync.RunTasks(ctx, tasks...)
+	err := impsync.RunTasks(ctx, tasks...)
+	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return err
 }
 
 func convertPod(o runtime.Object) pod {
@@ -364,9 +343,8 @@ func (a *Agent) renderedChanged(key types.NamespacedName, _, current *renderedSe
 func (a *Agent) namespaceMirror(name string, ns *namespace) *impsync.Mirror[namespaceMeta] {
 	return impsync.NewMirror(impsync.MirrorConfig[namespaceMeta]{
 		Name: "namespace " + name, Example: &metav1.PartialObjectMetadata{}, Log: slog.New(slog.DiscardHandler),
-		ListWatch: impsync.MetadataListWatch(a.metadata, impsync.NamespaceResource,
-			fields.OneTermEqualSelector(metav1.ObjectNameField, name).String()),
-		Convert: func(o runtime.Object) namespaceMeta { return *namespaceMetaOf(o.(*metav1.PartialObjectMetadata)) },
+		ListWatch: impsync.MetadataListWatch(a.metadata, impsync.NamespaceResource, metav1.ObjectNameField+"="+name),
+		Convert:   func(o runtime.Object) namespaceMeta { return *namespaceMetaOf(o.(*metav1.PartialObjectMetadata)) },
 		OnChange: func(_ types.NamespacedName, _, current *namespaceMeta) {
 			if current == nil {
 				current = &namespaceMeta{terminating: true}
@@ -394,19 +372,23 @@ func (a *Agent) namespaceRead(name string, ns *namespace, current *namespaceMeta
 	}
 }
 
-// next serves one namespace of the queue; false once the queue is shut down.
-func (a *Agent) next(ctx context.Context) bool {
+// next serves one namespace of the queue; false once ctx has ended. What is begun goes on
+// under work, which outlives ctx a little.
+func (a *Agent) next(ctx, work context.Context) bool {
 	name, shutdown := a.queue.Get()
 	if shutdown {
 		return false
 	}
 	defer a.queue.Done(name)
-	err := a.serve(ctx, name)
+	if ctx.Err() != nil {
+		return false // a queue that is shut down hands out what is still in it
+	}
+	err := a.serve(work, name)
 	switch {
 	case err == nil:
 		a.queue.Forget(name)
 		return true
-	case ctx.Err() != nil:
+	case work.Err() != nil:
 		return true
 	}
 	class := impsync.ClassifyError(err)
@@ -448,9 +430,9 @@ func (a *Agent) serve(ctx context.Context, name string) error {
 	}
 	var errs []error
 	for _, target := range a.wanted(name, meta, pods) {
-		there, err := a.ensure(ctx, name, target)
+		created, err := a.ensure(ctx, name, target)
 		errs = append(errs, err)
-		if there {
+		if created {
 			a.fastPath.Observe(time.Since(oldest).Seconds())
 		}
 	}
@@ -487,7 +469,7 @@ func (a *Agent) readNamespace(ctx context.Context, name string) (*namespaceMeta,
 	if known != nil {
 		return known, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	m, err := a.metadata.Resource(impsync.NamespaceResource).Get(ctx, name, metav1.GetOptions{})
 	if err != nil {
@@ -534,14 +516,13 @@ func (s *selecting) selects(name string, meta *namespaceMeta, pods []pod) bool {
 }
 
 // ensure creates the Secret where nothing is. Whatever is there is left as it is: only the
-// coordinator changes Secrets. It reports whether a Secret of ours is there now.
-func (a *Agent) ensure(ctx context.Context, namespace string, s *selecting) (there bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+// coordinator changes Secrets. It reports whether it created one.
+func (a *Agent) ensure(ctx context.Context, namespace string, s *selecting) (created bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	name := s.Target.Name()
 	m, err := a.secrets.Get(ctx, namespace, name)
 	if apierrors.IsNotFound(err) {
-		var created bool
 		m, created, err = a.secrets.Create(ctx, namespace, s.Target)
 		a.config.Metrics.SecretWrite(duty, "create", err)
 		if created {
@@ -560,7 +541,6 @@ func (a *Agent) ensure(ctx context.Context, namespace string, s *selecting) (the
 	}
 	if impsync.ExistingOf(m).Ownership == impsync.Foreign {
 		a.log.Warn("a foreign Secret has the name of a pull Secret and is left alone", "namespace", namespace, "secret", name)
-		return false, nil
 	}
-	return true, nil
+	return false, nil
 }

@@ -69,7 +69,7 @@ func (a *Agent) writeReport(ctx context.Context) (wrote bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("encode node report: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	force := true
 	_, err = a.core.ConfigMaps(a.config.Namespace).Patch(ctx, name, types.ApplyPatchType, body, metav1.PatchOptions{FieldManager: impsync.FieldManager, Force: &force})

@@ -1,0 +1,166 @@
+package node
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"k8s.io/apimachinery/pkg/types"
+
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+func TestCurrentReport(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		rendered map[string]string
+		pods     map[string][]pod // by namespace
+		want     map[string][]types.UID
+	}{
+		"nothing": {want: map[string][]types.UID{}},
+		"no Pods": {rendered: map[string]string{"r": byPods}, want: map[string][]types.UID{}},
+		"no Pod rules: no demand": {
+			rendered: map[string]string{"r": everywhere}, pods: map[string][]pod{"a": {{labels: web}}}, want: map[string][]types.UID{},
+		},
+		"a Pod matches, of any state (K5)": {
+			rendered: map[string]string{"r": byPods}, pods: map[string][]pod{"a": {{labels: web}}, "b": {{labels: web, waiting: true}}, "c": {{}}},
+			want: map[string][]types.UID{"a": {"uid-r"}, "b": {"uid-r"}},
+		},
+		"several Pods match: one demand": {
+			rendered: map[string]string{"r": byPods}, pods: map[string][]pod{"a": {{labels: web}, {labels: web}, {}}}, want: map[string][]types.UID{"a": {"uid-r"}},
+		},
+		"several resources": {
+			rendered: map[string]string{"r": byPods, "q": `{secret: {name: pull}, namespacesWithPods: {annotations: [{matchAnnotations: {x: "a b"}}]}}`},
+			pods:     map[string][]pod{"a": {{labels: web}, {annotations: map[string]string{"x": "a b"}}}, "b": {{annotations: map[string]string{"x": "a b"}}}},
+			want:     map[string][]types.UID{"a": {"uid-q", "uid-r"}, "b": {"uid-q"}},
+		},
+		"a namespace rule selects it, too: it is demand all the same": {
+			rendered: map[string]string{"r": `{secret: {name: pull}, namespaces: {labels: [{}]}, namespacesWithPods: {labels: [{}]}}`},
+			pods:     map[string][]pod{"a": {{}}}, want: map[string][]types.UID{"a": {"uid-r"}},
+		},
+		"an excluded namespace is never demanded": {
+			rendered: map[string]string{"r": byPods}, pods: map[string][]pod{"kube-system": {{labels: web}}}, want: map[string][]types.UID{},
+		},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, a *testAgent) {
+				for name, target := range test.rendered {
+					a.serves(rendered(t, name, 0, target, 1))
+				}
+				for namespace, pods := range test.pods {
+					for i := range pods {
+						a.pod(namespace, string(rune('a'+i)), &pods[i])
+					}
+				}
+				report := a.currentReport()
+				first, err := report.Encode() // sorts
+				require.NoError(t, err)
+				require.Equal(t, impsync.Report{Node: "n1", FormatVersions: []int{impsync.FormatVersion}, Demand: test.want}, report)
+				for range 10 {
+					again, err := a.currentReport().Encode()
+					require.NoError(t, err)
+					require.Equal(t, first, again, "the same Pods give the same bytes")
+				}
+				decoded, err := impsync.DecodeReport(first)
+				require.NoError(t, err)
+				require.Equal(t, "n1", decoded.Node)
+			})
+		})
+	}
+}
+
+const patch = "PATCH /api/v1/namespaces/imps-system/configmaps/imps-node-n1"
+
+// keeps runs keepReport until the returned function is called.
+func keeps(t *testing.T, a *testAgent) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- a.keepReport(ctx, t.Context()) }()
+	return func() {
+		cancel()
+		require.NoError(t, <-done)
+	}
+}
+
+func TestAReportIsWrittenOnlyWhereItDiffers(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *testAgent) {
+		key := types.NamespacedName{Namespace: "imps-system", Name: "imps-node-n1"}
+		data, err := a.currentReport().Encode()
+		require.NoError(t, err)
+		a.report.Put(key, data[impsync.ReportKey])
+		wrote, err := a.writeReport(t.Context())
+		require.NoError(t, err)
+		require.False(t, wrote)
+		require.Empty(t, a.server.asked())
+
+		for _, there := range []string{"", "x", data[impsync.ReportKey] + " "} {
+			a.report.Put(key, there)
+			wrote, err = a.writeReport(t.Context())
+			require.True(t, wrote)
+			require.Error(t, err)
+			require.Equal(t, []string{patch}, a.server.asked())
+		}
+	})
+}
+
+func TestAReportIsSilentWhereNothingChanges(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *testAgent) {
+		data, err := a.currentReport().Encode()
+		require.NoError(t, err)
+		a.report.Put(types.NamespacedName{Namespace: "imps-system", Name: "imps-node-n1"}, data[impsync.ReportKey])
+		stop := keeps(t, a)
+		for range 100 {
+			a.dirty()
+			<-time.After(time.Second)
+		}
+		stop()
+		require.Empty(t, a.server.asked())
+		require.Empty(t, a.log.String())
+	})
+}
+
+func TestAReportThatCannotBeWrittenIsTriedAgainEverMoreSeldom(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *testAgent) {
+		stop := keeps(t, a)
+		<-time.After(time.Hour)
+		require.Empty(t, a.server.asked(), "nothing has happened")
+		for range 5 {
+			a.dirty() // many changes are one write
+		}
+		synctest.Wait()
+		require.Len(t, a.server.asked(), 1)
+		for i, wait := 0, 2*time.Second; i < 8; i, wait = i+1, min(2*wait, time.Minute) {
+			<-time.After(wait - 1)
+			synctest.Wait()
+			require.Empty(t, a.server.asked())
+			a.dirty() // hastens nothing
+			<-time.After(1)
+			synctest.Wait()
+			require.Equal(t, []string{patch}, a.server.asked())
+		}
+		start := time.Now()
+		stop()
+		require.Equal(t, start, time.Now(), "it ends at once")
+		require.Equal(t, 9, strings.Count(a.log.String(), "cannot write the node report"))
+	})
+}
+
+func TestARetryOfTheReportStopsWhereItIsRightByThen(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *testAgent) {
+		stop := keeps(t, a)
+		defer stop()
+		a.dirty()
+		synctest.Wait()
+		require.Len(t, a.server.asked(), 1)
+		data, err := a.currentReport().Encode()
+		require.NoError(t, err)
+		a.report.Put(types.NamespacedName{Namespace: "imps-system", Name: "imps-node-n1"}, data[impsync.ReportKey])
+		<-time.After(time.Hour)
+		require.Empty(t, a.server.asked(), "the write had arrived, only its answer had not")
+	})
+}
