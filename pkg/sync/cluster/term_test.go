@@ -192,6 +192,19 @@ func TestWorkers(t *testing.T) {
 	})
 }
 
+func TestWhatIsInTheQueueAtTheEndStaysUndone(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		begun := 0
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		s.enqueueTarget(s.key)
+		s.targetQueue.ShutDown()
+		tasks := workersOf(t.Context(), s.term, 1, "x", s.targetQueue, func(context.Context, targetKey) error { begun++; return nil })
+		require.NoError(t, impsync.RunTasks(ctx, tasks...))
+		require.Zero(t, begun)
+	})
+}
+
 func TestAfterTheEndNothingComesBack(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		ctx, cancel := context.WithCancel(t.Context())
