@@ -356,9 +356,11 @@ func workersOf[K comparable](work context.Context, t *term, n int, what string, 
 			if shutdown {
 				return nil
 			}
-			if ctx.Err() != nil { // a queue that is shut down hands out what is still in it
+			select {
+			case <-ctx.Done(): // a queue that is shut down hands out what is still in it
 				queue.Done(item)
 				return nil
+			default:
 			}
 			err := reconcile(work, item)
 			switch {
