@@ -97,13 +97,19 @@ func (d *demand) forget(key demandKey) {
 // reportChanged takes over a node report. A report that cannot be read changes nothing:
 // the last readable one stays in force.
 func (t *term) reportChanged(key types.NamespacedName, old, current *reportObject) {
+	// A report that can be read names the node that its name does; one that could not be at
+	// last ends what it said before.
+	node, report := nodeOfReport(key.Name), (*impsync.Report)(nil)
+	if readable := func(r *reportObject) bool { return r != nil && r.err == nil }; readable(old) != readable(current) {
+		defer func() {
+			t.checkReport(node)
+			t.updateNodesWithoutAgent()
+		}()
+	}
 	if current != nil && current.err != nil {
 		t.log.Warn("cannot read a node report, going on with its last readable form", "report", key.Name, "error", current.err)
 		return
 	}
-	// A report that could be read names the node that its name does; one that could not be
-	// at last ends what it said before.
-	node, report := strings.TrimPrefix(key.Name, impsync.ReportName("")), (*impsync.Report)(nil)
 	if current != nil {
 		report = &current.report
 	}
@@ -115,11 +121,10 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 		}
 	}
 	t.mu.Unlock()
-	if old == nil || current == nil {
-		t.checkReport(node)
-		t.updateNodesWithoutAgent()
-	}
 }
+
+// nodeOfReport is the node that a report is named after.
+func nodeOfReport(name string) string { return strings.TrimPrefix(name, impsync.ReportName("")) }
 
 // rereadReports reads all reports anew. Before a Secret is deleted since nothing demands it
 // any more, this makes sure of it.
@@ -208,12 +213,13 @@ func (t *term) dropReport(ctx context.Context, node string) error {
 	})
 }
 
-// nodesWithoutAgent counts the nodes that have no report, of all nodes.
+// nodesWithoutAgent counts the nodes that have no readable report, of all nodes.
 func (t *term) nodesWithoutAgent() (without, all int) {
 	t.nodes.Range(func(key types.NamespacedName, _ struct{}) bool {
 		all++
 		report := types.NamespacedName{Namespace: t.config.Namespace, Name: impsync.ReportName(key.Name)}
-		if _, ok := t.reports.Get(report); !ok {
+		// A report that cannot be read says nothing about what its Pods demand.
+		if r, ok := t.reports.Get(report); !ok || r.err != nil {
 			without++
 		}
 		return true

@@ -318,3 +318,18 @@ func TestNodesWithoutAgentAreCountedAndTold(t *testing.T) {
 		require.Equal(t, []string{"uid-pods"}, term.queuedStatuses(), "only their status says it")
 	})
 }
+
+func TestANodeWhoseReportCannotBeReadIsNotTakenForOneWithoutDemand(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byPods), 7)
+		s.there(c)
+		s.node("n1", false)
+		key := types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName("n1")}
+		broken := reportObject{err: errors.New("x")}
+		s.reports.Put(key, broken)
+		s.reportChanged(key, nil, &broken)
+		s.updateNodesWithoutAgent()
+		require.Zero(t, s.decides())
+		require.Zero(t, s.decide(s.key, s.now.Add(DefaultDemandLinger)))
+	})
+}

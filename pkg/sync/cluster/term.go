@@ -295,10 +295,8 @@ func (t *term) begin(ctx context.Context) bool {
 		}
 		return true
 	})
-	t.reports.Range(func(_ types.NamespacedName, r reportObject) bool {
-		if r.err == nil {
-			reported = append(reported, r.report.Node)
-		}
+	t.reports.Range(func(key types.NamespacedName, _ reportObject) bool {
+		reported = append(reported, nodeOfReport(key.Name))
 		return true
 	})
 

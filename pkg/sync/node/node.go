@@ -74,6 +74,8 @@ type Agent struct {
 	mu sync.Mutex
 	// active is the last readable form of every rendered Secret, by its name.
 	active map[string]*selecting
+	// seen is when each Pod was seen first.
+	seen map[types.NamespacedName]time.Time
 	// namespaces are those with Pods here.
 	namespaces map[string]*namespace
 	// watchNamespace starts the watch of one namespace. Run sets it.
@@ -85,7 +87,6 @@ type pod struct {
 	labels, annotations map[string]string
 	// waiting: it has a container whose image may still have to be pulled.
 	waiting bool
-	seen    time.Time
 }
 
 // renderedSecret is what is kept of a rendered Secret.
@@ -136,6 +137,7 @@ func New(config Config) (*Agent, error) {
 		reportDirty: make(chan struct{}, 1),
 		ready:       make(chan struct{}),
 		active:      map[string]*selecting{},
+		seen:        map[types.NamespacedName]time.Time{},
 		namespaces:  map[string]*namespace{},
 		fastPath: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "imps_fast_path_seconds",
@@ -253,7 +255,7 @@ func (a *Agent) Run(ctx context.Context) error {
 
 func convertPod(o runtime.Object) pod {
 	p := o.(*corev1.Pod)
-	return pod{labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p), seen: time.Now()}
+	return pod{labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p)}
 }
 
 // isWaiting reports whether an image of the Pod may still have to be pulled: a container
@@ -292,7 +294,9 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 			a.watchNamespace(key.Namespace, ns)
 		}
 		ns.pods++
+		a.seen[key] = time.Now()
 	case current == nil:
+		delete(a.seen, key)
 		if ns.pods--; ns.pods == 0 {
 			ns.stop()
 			delete(a.namespaces, key.Namespace)
@@ -442,16 +446,23 @@ func (a *Agent) serve(ctx context.Context, name string) error {
 // podsOf returns the Pods of a namespace, and since when the longest waiting one is known;
 // zero where none waits.
 func (a *Agent) podsOf(namespace string) (pods []pod, oldest time.Time) {
+	var waiting []types.NamespacedName
 	a.pods.Range(func(key types.NamespacedName, p pod) bool {
-		if key.Namespace != namespace {
-			return true
-		}
-		pods = append(pods, p)
-		if p.waiting && (oldest.IsZero() || p.seen.Before(oldest)) {
-			oldest = p.seen
+		if key.Namespace == namespace {
+			pods = append(pods, p)
+			if p.waiting {
+				waiting = append(waiting, key)
+			}
 		}
 		return true
 	})
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, key := range waiting {
+		if seen, ok := a.seen[key]; ok && (oldest.IsZero() || seen.Before(oldest)) {
+			oldest = seen
+		}
+	}
 	return pods, oldest
 }
 

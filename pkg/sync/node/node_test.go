@@ -129,7 +129,7 @@ func TestOnlyWhatDecidesIsKeptOfAPod(t *testing.T) {
 		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "x", Labels: web, Annotations: map[string]string{"a": "1"}}}
 		p.Spec.Containers = []corev1.Container{{Env: []corev1.EnvVar{{Name: "TOKEN", Value: canary}}}}
 		kept := convertPod(p)
-		require.Equal(t, pod{labels: web, annotations: map[string]string{"a": "1"}, waiting: true, seen: time.Now()}, kept)
+		require.Equal(t, pod{labels: web, annotations: map[string]string{"a": "1"}, waiting: true}, kept)
 	})
 }
 
@@ -193,7 +193,7 @@ func TestAPodIsLookedAtWhenItArrivesOrIsRelabelled(t *testing.T) {
 		}
 		annotated := map[string]string{"x": "1"}
 		look(&pod{waiting: true}, true, true, "it arrives")
-		look(&pod{waiting: true, seen: noon}, false, false, "its status changes: an event storm moves nothing (B9)")
+		look(&pod{waiting: true}, false, false, "its status changes: an event storm moves nothing (B9)")
 		look(&pod{waiting: false}, false, false, "it starts")
 		look(&pod{labels: web}, false, true, "it runs and is relabelled: that is demand, but nothing waits")
 		look(&pod{labels: web, waiting: true}, false, false, "its status")
@@ -312,19 +312,26 @@ func TestOfResourcesOfTheSameAgeTheNameDecides(t *testing.T) {
 
 func TestPodsOfANamespaceAndTheLongestWaiting(t *testing.T) {
 	inBubble(t, func(t *testing.T, a *testAgent) {
-		a.pod("a", "1", &pod{seen: noon.Add(-time.Hour)})
-		a.pod("a", "2", &pod{waiting: true, seen: noon.Add(time.Minute)})
-		a.pod("a", "3", &pod{waiting: true, seen: noon})
-		a.pod("b", "1", &pod{waiting: true, seen: noon.Add(-2 * time.Hour)})
-		a.pod("c", "1", &pod{seen: noon})
+		second := func() { <-time.After(time.Second) }
+		a.pod("b", "1", &pod{waiting: true})
+		a.pod("a", "1", &pod{})
+		second()
+		since := time.Now()
+		a.pod("a", "2", &pod{waiting: true})
+		second()
+		a.pod("a", "3", &pod{waiting: true})
+		a.pod("c", "1", &pod{})
+		a.pod("a", "2", &pod{waiting: true, labels: web}) // an event of it changes nothing about that
 		pods, oldest := a.podsOf("a")
 		require.Len(t, pods, 3)
-		require.Equal(t, noon, oldest)
+		require.Equal(t, since, oldest)
 		_, oldest = a.podsOf("c")
 		require.Zero(t, oldest, "nothing waits")
 		pods, oldest = a.podsOf("d")
 		require.Empty(t, pods)
 		require.Zero(t, oldest)
+		a.pod("a", "2", nil)
+		require.NotContains(t, a.seen, types.NamespacedName{Namespace: "a", Name: "2"})
 	})
 }
 
@@ -375,7 +382,7 @@ func TestServe(t *testing.T) {
 			a.pod("a", "1", &pod{})
 		}, nil},
 		"the namespace is excluded": {"kube-system", func(a *testAgent) {
-			a.pod("kube-system", "1", &pod{waiting: true, seen: noon})
+			a.pod("kube-system", "1", &pod{waiting: true})
 			a.known("kube-system", nil)
 		}, nil},
 		"the namespace is going": {"a", func(a *testAgent) {
@@ -383,7 +390,7 @@ func TestServe(t *testing.T) {
 		}, nil},
 		"the namespace has no Pods any more": {"a", func(a *testAgent) { a.pod("a", "1", nil) }, nil},
 		"nothing selects it": {"b", func(a *testAgent) {
-			a.pod("b", "1", &pod{waiting: true, seen: noon})
+			a.pod("b", "1", &pod{waiting: true})
 			a.known("b", nil)
 		}, nil},
 		"two resources want one Secret": {"a", func(a *testAgent) { a.serves(rendered(t, "s", 0, everywhere, 1)) }, []string{get}},
@@ -395,7 +402,7 @@ func TestServe(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, a *testAgent) {
 				a.serves(rendered(t, "r", 0, byName, 7))
-				a.pod("a", "1", &pod{waiting: true, seen: noon})
+				a.pod("a", "1", &pod{waiting: true})
 				a.known("a", nil)
 				test.setUp(a)
 				err := a.serve(t.Context(), test.namespace)
@@ -411,7 +418,7 @@ func TestServe(t *testing.T) {
 func TestANamespaceThatCouldNotBeServedComesBack(t *testing.T) {
 	inBubble(t, func(t *testing.T, a *testAgent) {
 		a.serves(rendered(t, "r", 0, byName, 7))
-		a.pod("a", "1", &pod{waiting: true, seen: noon})
+		a.pod("a", "1", &pod{waiting: true})
 		a.known("a", nil)
 		require.True(t, a.next(t.Context(), t.Context()))
 		for _, after := range []time.Duration{50 * time.Millisecond, 100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond} {
