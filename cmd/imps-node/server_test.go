@@ -67,7 +67,8 @@ func TestMetricsOfProcessAndClient(t *testing.T) {
 	requests, queues := newClientGoMetrics(registry)
 	requests.Increment(t.Context(), "200", "GET", "10.0.0.1:443")
 	requests.Observe(t.Context(), "GET", url.URL{Host: "10.0.0.1:443", Path: "/api/v1/namespaces/team-a/secrets/pull"}, 3*time.Millisecond)
-	queue := workqueue.NewTypedRateLimitingQueueWithConfig(workqueue.DefaultTypedControllerRateLimiter[string](),
+	later := workqueue.NewTypedItemExponentialFailureRateLimiter[string](time.Hour, time.Hour) // not while the test looks
+	queue := workqueue.NewTypedRateLimitingQueueWithConfig(later,
 		workqueue.TypedRateLimitingQueueConfig[string]{Name: "things", MetricsProvider: queues})
 	defer queue.ShutDown()
 	queue.Add("one")

@@ -292,11 +292,15 @@ func (t *term) expectOutcomes(c *claim) {
 		c.outcomes[namespace] = outcome{kind: pending, counter: was.counter}
 	}
 	t.namespaces.Range(func(key types.NamespacedName, meta namespaceMeta) bool {
-		if meta.terminating || t.config.Excluded.Matches(key.Name) {
+		if meta.terminating {
 			return true
 		}
 		state := t.demand.states[demandKey{key.Name, c.ref.UID}]
 		if !c.selection.SelectsByRule(key.Name, meta.labels, meta.annotations) && (state == nil || state.nodes == 0) {
+			return true
+		}
+		if t.config.Excluded.Matches(key.Name) {
+			c.outcomes[key.Name] = outcome{kind: excluded}
 			return true
 		}
 		existing, _ := mirror.Get(types.NamespacedName{Namespace: key.Name, Name: name})

@@ -586,7 +586,7 @@ func TestWhatAClaimSelectsIsPendingFromTheStart(t *testing.T) {
 		s.mirrorOf(t, "pull", older, foreign)
 
 		s.expectOutcomes(c)
-		require.Equal(t, map[string]string{"a in labelled": "pending at 5", "a in podded": "pending at 0"}, s.outcomes())
+		require.Equal(t, map[string]string{"a in kube-x": "excluded at 0", "a in labelled": "pending at 5", "a in podded": "pending at 0"}, s.outcomes())
 		c.outcomes["was"] = outcome{kind: delivered, counter: 6}
 		s.expectOutcomes(c)
 		require.Equal(t, "pending at 6", s.outcomes()["a in was"])

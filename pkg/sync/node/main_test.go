@@ -131,7 +131,7 @@ func (a *testAgent) known(name string, labels map[string]string) {
 }
 
 // rendered returns the rendered form of a resource that was created so many minutes after
-// noon, with a spec.target as YAML. Its UID is "uid-" and its name.
+// noon of some day, with a spec.target as YAML. Its UID is "uid-" and its name.
 func rendered(t *testing.T, name string, minutes int, target string, counter uint64) impsync.Rendered {
 	t.Helper()
 	var spec v1alpha1.TargetSpec

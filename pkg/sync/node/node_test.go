@@ -28,10 +28,7 @@ const (
 	byName     = `{secret: {name: pull}, namespaces: {names: [a]}}`
 )
 
-var (
-	web  = map[string]string{"app": "web"}
-	noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
-)
+var web = map[string]string{"app": "web"}
 
 // inBubble runs a test of an Agent in a synctest bubble.
 func inBubble(t *testing.T, test func(t *testing.T, a *testAgent)) {
