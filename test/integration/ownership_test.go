@@ -400,3 +400,58 @@ func TestAnOrphanedSecretStaysAndIsAdoptedAnew(t *testing.T) {
 	require.NoError(t, err)
 	require.NotContains(t, string(raw), string(first.UID))
 }
+
+func TestTheYoungerSaysWhatIsInItsOwnWayOnceTheOlderIsGone(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	namespace := s.namespace(nil, nil)
+	s.writeSecret(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: secretName, Namespace: namespace}})
+	s.coordinator()
+	s.resource(s.prefix+"-a", spec(`  namespaces: {names: [`+namespace+`]}`))
+	s.failed(s.prefix+"-a", "not imps's")
+	s.resource(s.prefix+"-b", spec(`  namespaces: {names: [`+namespace+`]}`))
+	s.failed(s.prefix+"-b", "the older ImagePullSecret "+s.prefix+"-a")
+	s.deleteResource(s.prefix+"-a", metav1.DeletePropagationBackground)
+	s.failed(s.prefix+"-b", "not imps's")
+}
+
+func TestAForeignSecretWithOurLabelIsForgottenWithItsNamespace(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	namespace := s.namespace(map[string]string{s.prefix: "a"}, nil)
+	s.coordinator()
+	r := s.resource(s.prefix, spec(`  namespaces: {names: [], labels: [{matchLabels: {`+s.prefix+`: b}}]}`))
+	s.ready(s.prefix, 0)
+	was := s.writeSecret(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{
+		Name: secretName, Namespace: namespace, Labels: map[string]string{impsync.LabelOwnerUID: string(r.UID)},
+	}})
+	s.label(namespace, map[string]any{s.prefix: "b"})
+	s.failed(s.prefix, "not imps's")
+	s.label(namespace, map[string]any{s.prefix: "a"})
+	s.ready(s.prefix, 0)
+	s.label(namespace, map[string]any{s.prefix: "b"})
+	s.failed(s.prefix, "not imps's")
+	s.change(s.prefix, `spec: {target: {namespaces: {labels: []}}}`)
+	s.ready(s.prefix, 0)
+	require.Equal(t, was.ResourceVersion, s.secret(namespace, secretName).ResourceVersion)
+}
+
+func TestADeletedStateSecretIsWrittenAnewFromMemory(t *testing.T) {
+	s := newSystem(t)
+	s.source("one", dockerConfig("registry.one"))
+	s.source("two", dockerConfig("registry.two"))
+	s.coordinator()
+	namespace := s.namespace(nil, nil)
+	r := s.resource(s.prefix, `
+target: {secret: {name: `+secretName+`}, namespaces: {names: [`+namespace+`]}}
+registry:
+  credentials: [{name: one, namespace: registry-access}, {name: two, namespace: registry-access}]`)
+	s.has(namespace, "registry.one", "registry.two")
+	s.ready(s.prefix, 1)
+	require.NoError(t, s.core.CoreV1().Secrets(systemNamespace).Delete(t.Context(), impsync.StateName(r.UID), metav1.DeleteOptions{}))
+	s.source("one", []byte(`{"auths":{"registry.one":{"auth":"%%%"}}}`))
+	s.failed(s.prefix, "registry-access.one")
+	s.source("two", dockerConfig("registry.three"))
+	s.has(namespace, "registry.one", "registry.three")
+	require.NotNil(t, s.secret(systemNamespace, impsync.StateName(r.UID)))
+}

@@ -121,9 +121,15 @@ func (t *term) enqueueNamespaces(name string) {
 	})
 }
 
-// enqueueTargetsOf has all Secrets of a claim looked at, also those of an earlier name.
-// The caller holds the lock.
+// enqueueTargetsOf has everything looked at that concerns a claim as it is now: where it
+// has an outcome, be it that another claims the Secret, and all its Secrets, also those of
+// an earlier name. The caller holds the lock.
 func (t *term) enqueueTargetsOf(c *claim) {
+	if name := c.rendered.Target.Name(); name != "" {
+		for namespace := range c.outcomes {
+			t.enqueueTarget(targetKey{namespace, name})
+		}
+	}
 	for name, mirror := range t.targets {
 		mirror.Range(func(key types.NamespacedName, x impsync.Existing) bool {
 			if x.OwnerUID == c.ref.UID {
@@ -203,13 +209,7 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 	if mirror == nil {
 		return decision{}
 	}
-	select {
-	case <-mirror.Synced():
-	default:
-		return decision{} // looked at again once it is
-	}
 	meta, there := t.namespaces.Get(types.NamespacedName{Name: key.namespace})
-	existing, exists := mirror.Get(types.NamespacedName{Namespace: key.namespace, Name: key.name})
 	if !there || meta.terminating {
 		for uid, c := range t.byTarget[key.name] {
 			t.demand.forget(demandKey{key.namespace, uid})
@@ -217,6 +217,12 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 		}
 		return decision{}
 	}
+	select {
+	case <-mirror.Synced():
+	default:
+		return decision{} // looked at again once it is
+	}
+	existing, exists := mirror.Get(types.NamespacedName{Namespace: key.namespace, Name: key.name})
 
 	claimants := t.claimants(key, meta, existing, exists, now)
 	if len(claimants) == 0 {
@@ -270,6 +276,12 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 	return d
 }
 
+// inForce reports whether a resource is there and not going. The caller holds the lock.
+func (t *term) inForce(uid types.UID) bool {
+	r := t.byUID[uid]
+	return r != nil && r.DeletionTimestamp == nil
+}
+
 // counterOf is the counter of a resource that imps itself has put on a Secret; zero where
 // it has not.
 func counterOf(existing impsync.Existing, uid types.UID) uint64 {
@@ -290,6 +302,9 @@ func (t *term) expectOutcomes(c *claim) {
 	}
 	for namespace, was := range c.outcomes {
 		c.outcomes[namespace] = outcome{kind: pending, counter: was.counter}
+		if _, there := t.namespaces.Get(types.NamespacedName{Name: namespace}); !there {
+			delete(c.outcomes, namespace)
+		}
 	}
 	t.namespaces.Range(func(key types.NamespacedName, meta namespaceMeta) bool {
 		if meta.terminating {
@@ -314,13 +329,17 @@ func (t *term) expectOutcomes(c *claim) {
 func (t *term) claimants(key targetKey, meta namespaceMeta, existing impsync.Existing, exists bool, now time.Time) []*claim {
 	var claimants []*claim
 	for uid, c := range t.byTarget[key.name] {
+		if !t.inForce(uid) {
+			continue // its end is on its way
+		}
 		selected := c.selection.SelectsByRule(key.namespace, meta.labels, meta.annotations)
 		if !selected && c.selection.HasPodRules() {
 			selected = t.demanded(c, demandKey{key.namespace, uid}, existing, exists, now)
 		}
 		switch {
 		case !selected:
-			if !exists || existing.OwnerUID != uid {
+			// One that is pruned keeps its outcome until it is gone.
+			if !exists || existing.OwnerUID != uid || existing.Ownership == impsync.Foreign || existing.Ownership == impsync.Restored {
 				t.note(c, key.namespace, nil)
 			}
 		case t.config.Excluded.Matches(key.namespace):
@@ -369,7 +388,7 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 		return decision{}
 	}
 	d := decision{verb: remove, existing: existing}
-	if c := t.claims[existing.OwnerUID]; c != nil {
+	if c := t.claims[existing.OwnerUID]; c != nil && t.inForce(existing.OwnerUID) {
 		if c.rendered.Target.IsZero() && !c.withdrawn {
 			return decision{} // not rendered yet in this term: nothing is known of what it selects
 		}
@@ -606,6 +625,7 @@ func (t *term) conclude(key targetKey, d decision, err error) {
 	case d.verb == remove:
 		t.undeletable[key] = undeletable{owner: c.ref.UID, message: message}
 		t.statusDirty(c.ref.UID)
+	case t.byTarget[key.name][c.ref.UID] != c: // it has another target by now, or none
 	default:
 		t.note(c, key.namespace, &outcome{kind: failed, counter: c.outcomes[key.namespace].counter, message: message})
 	}

@@ -587,9 +587,12 @@ func TestWhatAClaimSelectsIsPendingFromTheStart(t *testing.T) {
 
 		s.expectOutcomes(c)
 		require.Equal(t, map[string]string{"a in kube-x": "excluded at 0", "a in labelled": "pending at 5", "a in podded": "pending at 0"}, s.outcomes())
+		s.namespace("was", nil)
 		c.outcomes["was"] = outcome{kind: delivered, counter: 6}
+		c.outcomes["gone"] = outcome{kind: delivered, counter: 6}
 		s.expectOutcomes(c)
 		require.Equal(t, "pending at 6", s.outcomes()["a in was"])
+		require.NotContains(t, c.outcomes, "gone", "a namespace that is gone is no more looked at")
 		delete(s.targets, "pull")
 		s.expectOutcomes(c)
 	})
@@ -908,4 +911,31 @@ func TestVerbsHaveNames(t *testing.T) {
 		names = append(names, v.String())
 	}
 	require.Equal(t, []string{"leave", "create", "update", "adopt", "delete"}, names)
+}
+
+func TestANamespaceThatGoesBeforeTheSecretsAreKnownLeavesNoOutcome(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.targets["pull"] = impsync.NewMirror(impsync.MirrorConfig[impsync.Existing]{Log: s.log}) // never synced
+		s.expectOutcomes(c)
+		require.Equal(t, map[string]string{"a in n": "pending at 0"}, s.outcomes())
+		s.namespaces.Drop(types.NamespacedName{Name: "n"}, func(namespaceMeta) bool { return true })
+		require.Zero(t, s.decides())
+		require.Empty(t, s.outcomes())
+	})
+}
+
+func TestALateFailureUnderAnEarlierNameIsNotTold(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		d := s.decides()
+		require.Equal(t, create, d.verb)
+		s.enqueueTargetsOf(c)
+		c.withdrawn = true
+		c.setRendered(impsync.Rendered{}, nil)
+		clear(c.outcomes)
+		s.putClaim(c)
+		s.conclude(s.key, d, errors.New("too late"))
+		require.Empty(t, s.outcomes())
+	})
 }

@@ -232,10 +232,10 @@ func (t *term) updateNodesWithoutAgent() {
 	if !t.hasStarted() {
 		return
 	}
-	without, _ := t.nodesWithoutAgent()
-	t.metrics.withoutAgent.Set(float64(without))
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	without, _ := t.nodesWithoutAgent() // under the lock, so that the last count wins
+	t.metrics.withoutAgent.Set(float64(without))
 	t.withoutAgent = without
 	for uid, claim := range t.claims {
 		if claim.selection != nil && claim.selection.HasPodRules() {

@@ -173,8 +173,8 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	if problem == nil {
 		problem, failure = t.renderAndPublish(ctx, r, c, known, resolved, selection)
 	}
-	if errors.Is(failure, errSuperseded) {
-		return failure
+	if errors.Is(failure, errSuperseded) || errors.Is(failure, errStateGone) || failure != nil && impsync.ClassifyError(failure) == impsync.ClassConflict {
+		return failure // nothing to tell of: the next try settles it
 	}
 	// All at once, and only now: no status ever tells of half a change.
 	t.change(func() {
@@ -296,6 +296,11 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 		}
 		if remembered.resourceVersion, err = t.writeState(ctx, c.ref, raw, known.resourceVersion); err != nil {
 			t.change(func() { c.state = nil }) // whatever is there, it is read again
+			if errors.Is(err, errStateGone) {
+				again := *known // nothing is: what is known is written anew
+				again.resourceVersion = ""
+				t.change(func() { c.state = &again })
+			}
 			return nil, err
 		}
 	}
@@ -319,12 +324,14 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 	if !reselected && before.Target.Revision() == next.Target.Revision() {
 		return nil, nil
 	}
+	if reselected {
+		t.enqueueTargetsOf(c) // under its name until now
+	}
 	c.setRendered(next, selection)
 	t.putClaim(c)
 	if reselected {
 		t.expectOutcomes(c)
 		t.enqueueNamespaces(next.Target.Name())
-		t.enqueueTargetsOf(c)
 		return nil, nil
 	}
 	for namespace := range c.outcomes {
@@ -342,11 +349,11 @@ func (t *term) withdraw(ctx context.Context, c *claim) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.enqueueTargetsOf(c)
 	c.withdrawn = true
 	c.setRendered(impsync.Rendered{}, nil)
 	clear(c.outcomes)
 	t.putClaim(c)
-	t.enqueueTargetsOf(c)
 	return nil
 }
 

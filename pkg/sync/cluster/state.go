@@ -17,6 +17,9 @@ import (
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
+// errStateGone: somebody deleted the state Secret.
+var errStateGone = errors.New("the state Secret is gone")
+
 // stateKey is the key of a state Secret's data.
 const stateKey = "state"
 
@@ -140,6 +143,9 @@ func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, raw []by
 	case apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
 		if err := t.holdsLease(ctx); err != nil {
 			return "", err
+		}
+		if _, getErr := secrets.Get(ctx, name, metav1.GetOptions{}); apierrors.IsNotFound(getErr) {
+			return "", errStateGone
 		}
 		return "", fmt.Errorf("write Secret %s/%s: %w", t.config.Namespace, name, err)
 	case err != nil:

@@ -141,7 +141,7 @@ func New(config Config) (*Agent, error) {
 		namespaces:  map[string]*namespace{},
 		fastPath: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "imps_fast_path_seconds",
-			Help:    "From the moment the agent sees a waiting Pod of a selected namespace to the moment it has created the Secret.",
+			Help:    "From the moment the agent first saw the longest waiting Pod of a namespace to the moment it has created the Secret.",
 			Buckets: []float64{.001, .002, .005, .01, .02, .04, .08, .16, .32, 1, 5, 30},
 		}),
 	}
