@@ -200,3 +200,17 @@ func TestASecretThatAnAgentSmugglesInIsNotRendered(t *testing.T) {
 	require.Nil(t, s.secret(namespace, secretName))
 	require.NoError(t, s.core.CoreV1().Namespaces().Delete(t.Context(), barrier, metav1.DeleteOptions{}))
 }
+
+// The search for the canary credential finds it.
+func TestTheCanaryIsFoundWhereItStands(t *testing.T) {
+	for form, text := range map[string]string{
+		"raw":                     "x " + canaryPassword + " y",
+		"base64":                  base64Of(canaryPassword),
+		"base64 of user:password": base64Of(canaryUser + ":" + canaryPassword),
+		"a rendered Secret's own": string(rendered(t)),
+	} {
+		require.Error(t, findCanary("here", text), form)
+	}
+	require.NoError(t, findCanary("here", canaryUser))
+	require.Contains(t, logs.String(), `"level":"DEBUG`, "there are logs of the highest verbosity to look into")
+}

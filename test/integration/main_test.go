@@ -68,7 +68,12 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) (code int, err error) {
+	// As imps-node does at --log-level=debug.
 	klog.SetSlogLogger(logger())
+	var verbosity klog.Level
+	if err := verbosity.Set("4"); err != nil {
+		return 1, err
+	}
 	ctx := context.Background()
 	if control, err = cluster.Run(ctx); err != nil {
 		return 1, err
