@@ -91,12 +91,7 @@ func TestTheReportOfANodeThatIsGoneGoesLater(t *testing.T) {
 	namespace := s.namespace(nil, nil)
 	s.pod(namespace, "node-gone", map[string]string{s.prefix: "a"}, nil)
 	s.has(namespace, "registry.one")
-	s.eventually(func() error {
-		if len(s.demands(namespace)) == 0 {
-			return fmt.Errorf("no demand")
-		}
-		return nil
-	}, "no demand")
+	s.demanded(namespace)
 	agent.stop()
 	for _, name := range []string{"node-gone", "node-back"} {
 		require.NoError(t, s.core.CoreV1().Nodes().Delete(t.Context(), name, metav1.DeleteOptions{}))

@@ -119,6 +119,17 @@ func TestDemandOfThreeNodesEndsWithTheLast(t *testing.T) {
 	require.Equal(t, was.UID, s.secret(namespace, secretName).UID)
 }
 
+// demanded waits until a node report demands a namespace.
+func (s *system) demanded(namespace string) {
+	s.t.Helper()
+	s.eventually(func() error {
+		if len(s.demands(namespace)) == 0 {
+			return fmt.Errorf("no report demands %s", namespace)
+		}
+		return nil
+	}, "the demand is not reported")
+}
+
 // demands returns the reports that demand a namespace.
 func (s *system) demands(namespace string) (nodes []string) {
 	s.t.Helper()
@@ -144,12 +155,7 @@ func TestANamespaceThatLosesItsLabelButHasPodsKeepsItsSecret(t *testing.T) {
 	s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`+"\n"+podRules(s.prefix)))
 	was := s.has(namespace, "registry.one")
 	pod := s.pod(namespace, "node-a", map[string]string{s.prefix: "a"}, nil)
-	s.eventually(func() error {
-		if len(s.demands(namespace)) == 0 {
-			return fmt.Errorf("no demand")
-		}
-		return nil
-	}, "the node does not report the demand")
+	s.demanded(namespace)
 	s.label(namespace, map[string]any{s.prefix: nil})
 	barrier := s.namespace(map[string]string{s.prefix: "a"}, nil)
 	s.has(barrier, "registry.one")
@@ -286,12 +292,7 @@ func TestStatusChangesOfPodsCostNoRequest(t *testing.T) {
 	pod := s.pod(namespace, "node-a", map[string]string{s.prefix: "a"}, nil)
 	s.has(namespace, "registry.one")
 	s.ready(s.prefix, 1)
-	s.eventually(func() error {
-		if len(s.demands(namespace)) == 0 {
-			return fmt.Errorf("no demand")
-		}
-		return nil
-	}, "no demand")
+	s.demanded(namespace)
 	mark := control.Audit().Mark()
 	for range 5 {
 		s.phase(pod, corev1.PodRunning)
@@ -317,19 +318,9 @@ func TestADeletedReportIsWrittenAgain(t *testing.T) {
 	namespace := s.namespace(nil, nil)
 	s.pod(namespace, "node-a", map[string]string{s.prefix: "a"}, nil)
 	was := s.has(namespace, "registry.one")
-	s.eventually(func() error {
-		if len(s.demands(namespace)) == 0 {
-			return fmt.Errorf("no demand")
-		}
-		return nil
-	}, "no demand")
+	s.demanded(namespace)
 	require.NoError(t, s.core.CoreV1().ConfigMaps(systemNamespace).Delete(t.Context(), impsync.ReportName("node-a"), metav1.DeleteOptions{}))
-	s.eventually(func() error {
-		if len(s.demands(namespace)) == 0 {
-			return fmt.Errorf("no demand")
-		}
-		return nil
-	}, "the report does not come back")
+	s.demanded(namespace)
 	require.Equal(t, was.UID, s.secret(namespace, secretName).UID)
 }
 
@@ -366,12 +357,7 @@ func TestAPodOnAQuietNodeCostsOneWriteOfItsSecret(t *testing.T) {
 		namespace := s.namespace(nil, nil)
 		s.pod(namespace, "node-a", map[string]string{s.prefix: "a"}, nil)
 		s.has(namespace, "registry.one")
-		s.eventually(func() error {
-			if len(s.demands(namespace)) == 0 {
-				return fmt.Errorf("no demand")
-			}
-			return nil
-		}, "no demand")
+		s.demanded(namespace)
 		s.becomes(s.prefix, func(status v1alpha1.ImagePullSecretStatus) error {
 			if !slices.Contains(status.ManagedNamespaces, namespace) {
 				return fmt.Errorf("%s is not among them", namespace)

@@ -309,6 +309,17 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 	})
 }
 
+// owners waits until the Secret of a namespace has so many owner references.
+func (s *system) owners(namespace string, want int) {
+	s.t.Helper()
+	s.eventually(func() error {
+		if n := len(s.secret(namespace, secretName).OwnerReferences); n != want {
+			return fmt.Errorf("%d owner references, not %d", n, want)
+		}
+		return nil
+	}, "the Secret does not come to name its claimants as owners")
+}
+
 func TestTheOlderOfTwoResourcesWinsATargetAndHandsItOver(t *testing.T) {
 	s := newSystem(t)
 	s.source("hub", dockerConfig("registry.one"))
@@ -325,12 +336,7 @@ registry: {credentials: [{name: second, namespace: registry-access}]}`)
 	s.failed(younger.Name, shared, "the older ImagePullSecret "+older.Name)
 	s.manages(younger.Name, own)
 	s.ready(older.Name, 1)
-	s.eventually(func() error {
-		if n := len(s.secret(shared, secretName).OwnerReferences); n != 2 {
-			return fmt.Errorf("%d owner references", n)
-		}
-		return nil
-	}, "the Secret does not name both claimants as owners")
+	s.owners(shared, 2)
 	secret := s.has(shared, "registry.one")
 	ours(t, secret, older.UID, younger.UID)
 
@@ -360,12 +366,7 @@ func TestALoserThatGoesTakesNothingWithIt(t *testing.T) {
 	s.failed(younger.Name, namespace)
 	s.change(younger.Name, `spec: {target: {namespaces: {names: []}}}`)
 	s.ready(younger.Name, 0)
-	s.eventually(func() error {
-		if n := len(s.secret(namespace, secretName).OwnerReferences); n != 1 {
-			return fmt.Errorf("%d owner references", n)
-		}
-		return nil
-	}, "one that claims it no longer stays an owner")
+	s.owners(namespace, 1)
 	secret := s.has(namespace, "registry.one")
 	require.Equal(t, was.UID, secret.UID)
 	ours(t, secret, older.UID)
