@@ -105,6 +105,10 @@ func (t *term) mirrorTargets(name string) {
 		case <-mirror.Synced():
 			t.mu.Lock()
 			defer t.mu.Unlock()
+			for _, c := range t.byTarget[name] {
+				t.expectOutcomes(c)
+				t.statusDirty(c.ref.UID)
+			}
 			t.enqueueNamespaces(name)
 		case <-ctx.Done():
 		}
@@ -319,7 +323,11 @@ func (t *term) expectOutcomes(c *claim) {
 			return true
 		}
 		existing, _ := mirror.Get(types.NamespacedName{Namespace: key.Name, Name: name})
-		c.outcomes[key.Name] = outcome{kind: pending, counter: counterOf(existing, c.ref.UID)}
+		o := outcome{kind: pending, counter: counterOf(existing, c.ref.UID)}
+		if o.counter == c.rendered.Target.Revision().Counter {
+			o.kind = delivered // as far as is known, so that a new leader's status does not waver
+		}
+		c.outcomes[key.Name] = o
 		return true
 	})
 }

@@ -105,6 +105,14 @@ func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
 		t.mu.Unlock()
 		return nil
 	}
+	if mirror := t.targets[c.rendered.Target.Name()]; mirror != nil && mirror.Err() == nil {
+		select {
+		case <-mirror.Synced():
+		default:
+			t.mu.Unlock()
+			return nil // nothing is known of its Secrets yet; their first list brings it back
+		}
+	}
 	if wait := statusInterval - time.Since(c.statusWritten); wait > 0 {
 		t.mu.Unlock()
 		t.statusQueue.AddAfter(uid, wait)
