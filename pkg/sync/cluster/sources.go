@@ -172,7 +172,6 @@ type resolution struct {
 	lastGood map[string]dockerconfig.Config
 	// sources is status.sourceSecretStatus.
 	sources map[string]string
-	failed  bool
 	pending bool
 	// empty: no source gave anything, now or before.
 	empty bool
@@ -194,7 +193,6 @@ func resolve(credentials []credential, lastGood map[string]dockerconfig.Config) 
 		case c.err == nil:
 			r.sources[c.key] = v1alpha1.SourceOK
 		default:
-			r.failed = true
 			r.sources[c.key] = impsync.Explain(c.err)
 			config, good = lastGood[c.key]
 			if c.withdrawn {
