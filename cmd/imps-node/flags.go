@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -89,6 +90,7 @@ type settings struct {
 	renderedNamespace string
 	kubeconfig        string
 	kubeAPIQPS        float32
+	demandLinger      time.Duration
 	metricsAddr       string
 	healthAddr        string
 	logLevel          string
@@ -105,6 +107,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server; empty: as a Pod of the cluster does")
 	s.limits.register(flags)
 	flags.Float32Var(&s.kubeAPIQPS, "kube-api-qps", 0, "`number` of requests a second to the API server; 0: no limit but the server's own")
+	flags.DurationVar(&s.demandLinger, "demand-linger", cluster.DefaultDemandLinger, "`time` for which a namespace keeps its Secret after its last Pod; the cluster duty heeds it")
 	flags.StringVar(&s.metricsAddr, "metrics-addr", "127.0.0.1:9464", "`address` of /metrics; 0: none")
 	flags.StringVar(&s.healthAddr, "health-addr", ":9465", "`address` of /healthz and /readyz; 0: none")
 	flags.StringVar(&s.logLevel, "log-level", levelInfo, "`level`: debug, info, warn or error")
@@ -134,6 +137,9 @@ func (s *settings) validate() error {
 	}
 	if !(s.kubeAPIQPS >= 0) { // NaN neither
 		errs = append(errs, fmt.Errorf("--kube-api-qps: %v is no rate: give a number of requests, or 0 for no limit", s.kubeAPIQPS))
+	}
+	if s.demandLinger <= 0 {
+		errs = append(errs, fmt.Errorf("--demand-linger: %v is too short: give a time such as 1m", s.demandLinger))
 	}
 	return errors.Join(errs...)
 }

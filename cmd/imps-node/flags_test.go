@@ -3,6 +3,7 @@ package main
 import (
 	"math"
 	"testing"
+	"time"
 
 	"github.com/spf13/pflag"
 	"github.com/stretchr/testify/require"
@@ -33,6 +34,7 @@ func TestDefaults(t *testing.T) {
 		nodeName:          "worker-1",
 		namespace:         "imps-system",
 		renderedNamespace: "imps-rendered",
+		demandLinger:      time.Minute,
 		metricsAddr:       "127.0.0.1:9464",
 		healthAddr:        ":9465",
 		logLevel:          "info",
@@ -119,6 +121,7 @@ func TestWhatIsRefused(t *testing.T) {
 		"a bad glob":                     {[]string{"--excluded-namespaces=kube-["}, `--excluded-namespaces: excluded namespace "kube-[" is not a name or a glob`},
 		"a negative rate":                {[]string{"--kube-api-qps=-1"}, "--kube-api-qps: -1 is no rate"},
 		"no number as a rate":            {[]string{"--kube-api-qps=NaN"}, "--kube-api-qps: NaN is no rate"},
+		"no linger":                      {[]string{"--demand-linger=0s"}, "--demand-linger: 0s is too short"},
 		"an address without a port":      {[]string{"--metrics-addr=127.0.0.1"}, `--metrics-addr: "127.0.0.1" is not an address`},
 		"a port that cannot be":          {[]string{"--health-addr=:70000"}, `--health-addr: ":70000" is not an address`},
 		"a log level that is not there":  {[]string{"--log-level=trace"}, `--log-level: "trace" is not known: use debug, info, warn, error`},

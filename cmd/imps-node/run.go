@@ -85,7 +85,7 @@ func (s *settings) run(cmd *cobra.Command) error {
 	}
 	log.Info("starting", "version", version, "duties", s.duties.String(), "nodeName", s.nodeName,
 		"namespace", s.namespace, "renderedNamespace", s.renderedNamespace,
-		"apiServer", client.Host[strings.LastIndexByte(client.Host, '@')+1:], "kubeApiQps", s.kubeAPIQPS,
+		"apiServer", client.Host[strings.LastIndexByte(client.Host, '@')+1:], "kubeApiQps", s.kubeAPIQPS, "demandLinger", s.demandLinger.String(),
 		"targetSecretNames", s.targetSecretNames.String(), "sourceNamespaces", s.sourceNamespaces.String(),
 		"excludedNamespaces", s.excludedNamespaces.String(),
 		"metricsAddr", metrics.address(), "healthAddr", health.address(),
@@ -125,9 +125,10 @@ func newDuties(s *settings, client *rest.Config, registry *prometheus.Registry, 
 		coordinator, err := cluster.New(cluster.Config{
 			Namespace: s.namespace, RenderedNamespace: s.renderedNamespace,
 			TargetSecretNames: s.targetSecretNames, SourceNamespaces: s.sourceNamespaces,
-			Excluded: impsync.Exclusion(s.excludedNamespaces),
-			Identity: hostname + "_" + strings.ToLower(rand.Text()),
-			Client:   client, Metrics: metrics, Registry: registry, Log: log,
+			Excluded:     impsync.Exclusion(s.excludedNamespaces),
+			Identity:     hostname + "_" + strings.ToLower(rand.Text()),
+			DemandLinger: s.demandLinger,
+			Client:       client, Metrics: metrics, Registry: registry, Log: log,
 		})
 		if err != nil {
 			return nil, err

@@ -14,6 +14,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"syscall"
@@ -405,6 +406,17 @@ func (c *Cluster) Signal(name Component, sig syscall.Signal) error {
 		return fmt.Errorf("signal %q: %w", name, ErrNotRunning)
 	}
 	return p.signal(sig)
+}
+
+// Start starts a program that ends with the process that runs the cluster at
+// the latest, also where that is killed. The caller ends it before Stop.
+func (c *Cluster) Start(cmd *exec.Cmd) error {
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Setpgid = true // an interrupt reaches the parent only, which then ends it in order
+	dieWithParent(cmd.SysProcAttr)
+	return c.launcher.start(cmd)
 }
 
 // retryNotFound repeats try while it answers "not found", for objects that a
