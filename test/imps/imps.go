@@ -42,7 +42,7 @@ func Build(ctx context.Context, root, dir string, args ...string) (string, error
 // Install applies the CRD and what the chart renders with these values ("key=value").
 // root is the folder of the repository.
 func Install(ctx context.Context, root string, control *cluster.Cluster, values ...string) error {
-	crds, err := os.ReadFile(filepath.Join(root, "deploy/daemonset/crds/images.banzaicloud.io_imagepullsecrets.yaml"))
+	crds, err := os.ReadFile(filepath.Join(root, "deploy/daemonset/crds/images.banzaicloud.io_imagepullsecrets.yaml")) //nolint:gosec // of the repository
 	if err != nil {
 		return err
 	}
