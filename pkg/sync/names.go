@@ -1,6 +1,8 @@
 package sync
 
 import (
+	"strings"
+
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -42,6 +44,11 @@ var (
 
 // RenderedName is the name of the rendered Secret of the resource with this UID.
 func RenderedName(uid types.UID) string { return "imps-rendered-" + string(uid) }
+
+// UIDOfRendered is the UID of the resource whose rendered Secret has this name.
+func UIDOfRendered(name string) types.UID {
+	return types.UID(strings.TrimPrefix(name, RenderedName("")))
+}
 
 // StateName is the name of the state Secret of the resource with this UID.
 func StateName(uid types.UID) string { return "imps-state-" + string(uid) }

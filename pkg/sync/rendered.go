@@ -20,9 +20,9 @@ import (
 	"github.com/imps-node/imps/pkg/dockerconfig"
 )
 
-// FormatVersion is the version of the rendered form that this build writes, and the
-// only one that it reads.
-const FormatVersion = 1
+// FormatVersions returns the versions of the rendered form that this build reads and
+// writes, in ascending order.
+func FormatVersions() []int { return []int{1} }
 
 // Keys of a rendered Secret's data.
 const (
@@ -87,6 +87,8 @@ func (r ResourceRef) OwnerReference() metav1.OwnerReference {
 
 // Rendered is what the coordinator tells every agent about one resource. It is immutable.
 type Rendered struct {
+	// FormatVersion is the version that it was decoded from, or is encoded in.
+	FormatVersion int
 	// Resource is the ImagePullSecret that this was rendered from.
 	Resource ResourceRef
 	// Namespaces and Pods are its selectors.
@@ -115,7 +117,7 @@ func EncodeRendered(r Rendered) (map[string][]byte, error) {
 		return nil, fmt.Errorf("encode the rendered form of %s: %w", r.Resource.Name, err)
 	}
 	data := map[string][]byte{
-		renderedKeyVersion: []byte(strconv.Itoa(FormatVersion)),
+		renderedKeyVersion: []byte(strconv.Itoa(r.FormatVersion)),
 		renderedKeyRecord:  record,
 		renderedKeyTarget:  []byte(r.Target.body.Reveal()),
 	}
@@ -129,26 +131,27 @@ func EncodeRendered(r Rendered) (map[string][]byte, error) {
 	return data, nil
 }
 
-// DecodeRendered decodes a rendered Secret. ErrFormatVersion says that it is of another
-// version; any other error that it is not what this package wrote. No error holds a piece
-// of the data.
+// DecodeRendered decodes a rendered Secret of one of these versions. ErrFormatVersion says
+// that it is of another one; any other error that it is not what this package wrote. No
+// error holds a piece of the data.
 //
 // The name must be that of the resource: agents may create Secrets of the target names in
 // every namespace, and none of these must ever pass for a rendered one.
-func DecodeRendered(secret *corev1.Secret) (Rendered, error) {
+func DecodeRendered(secret *corev1.Secret, versions []int) (Rendered, error) {
 	if secret.Type != RenderedType {
 		return Rendered{}, fmt.Errorf("rendered form: the type is not %s", RenderedType)
 	}
-	r, err := decodeRendered(secret.Data)
+	r, err := decodeRendered(secret.Data, versions)
 	if err == nil && secret.Name != RenderedName(r.Resource.UID) {
 		return Rendered{}, errors.New("rendered form: the Secret's name is not that of the resource")
 	}
 	return r, err
 }
 
-func decodeRendered(data map[string][]byte) (Rendered, error) {
-	if version := string(data[renderedKeyVersion]); version != strconv.Itoa(FormatVersion) {
-		return Rendered{}, fmt.Errorf("%w: this build reads %d", ErrFormatVersion, FormatVersion)
+func decodeRendered(data map[string][]byte, versions []int) (Rendered, error) {
+	i := slices.IndexFunc(versions, func(v int) bool { return string(data[renderedKeyVersion]) == strconv.Itoa(v) })
+	if i < 0 {
+		return Rendered{}, fmt.Errorf("%w: this build reads %v", ErrFormatVersion, versions)
 	}
 	var record renderedRecord
 	if err := json.Unmarshal(data[renderedKeyRecord], &record); err != nil {
@@ -161,7 +164,7 @@ func decodeRendered(data map[string][]byte) (Rendered, error) {
 	if record.Resource.UID == "" || record.Resource.UID != target.revision.UID {
 		return Rendered{}, errors.New("rendered form: record and target are of different resources")
 	}
-	return Rendered{Resource: record.Resource, Namespaces: record.Namespaces, Pods: record.NamespacesWithPods, Target: target}, nil
+	return Rendered{FormatVersion: versions[i], Resource: record.Resource, Namespaces: record.Namespaces, Pods: record.NamespacesWithPods, Target: target}, nil
 }
 
 // Target is the Secret that a resource puts into every selected namespace: a complete

@@ -53,7 +53,7 @@ func mustRendered(t *testing.T) Rendered {
 namespaces: {names: [n], labels: [{matchLabels: {team: red}}], annotations: [{matchAnnotations: {url: "https://r.io/<x> & y"}}]}
 namespacesWithPods: {labels: [{}], annotations: [{matchExpressions: [{key: k, operator: DoesNotExist}]}]}
 `)
-	return Rendered{Resource: refA(), Namespaces: s.Namespaces, Pods: s.Pods, Target: mustTarget(t, refA(), pullSecret(), 7)}
+	return Rendered{FormatVersion: 1, Resource: refA(), Namespaces: s.Namespaces, Pods: s.Pods, Target: mustTarget(t, refA(), pullSecret(), 7)}
 }
 
 // secret is a Secret as the API server would understand a body.
@@ -299,7 +299,7 @@ func TestRenderedIsEncodedAndDecoded(t *testing.T) {
 	require.Equal(t, "1", string(data["formatVersion"]))
 	requireSilent(t, string(data["rendered"]))
 
-	got, err := decodeRendered(data)
+	got, err := decodeRendered(data, FormatVersions())
 	require.NoError(t, err)
 	require.True(t, got.Resource.CreationTimestamp.Equal(&r.Resource.CreationTimestamp))
 	require.Equal(t, r.Resource.Name, got.Resource.Name)
@@ -345,7 +345,7 @@ func TestCredentialsThatFitIntoNoSecretAreAnError(t *testing.T) {
 	big := dockerconfig.NewSensitive(canary + strings.Repeat("x", corev1.MaxSecretSize*3/4))
 	target, err := NewTarget(refA(), pullSecret(), 1, big)
 	require.NoError(t, err)
-	_, err = EncodeRendered(Rendered{Resource: refA(), Target: target})
+	_, err = EncodeRendered(Rendered{FormatVersion: 1, Resource: refA(), Target: target})
 	require.ErrorContains(t, err, "too large")
 	require.ErrorContains(t, err, fmt.Sprint(corev1.MaxSecretSize))
 	requireSilent(t, err.Error())
@@ -354,7 +354,7 @@ func TestCredentialsThatFitIntoNoSecretAreAnError(t *testing.T) {
 	encode := func(bytes int) (size int, err error) {
 		target, err := NewTarget(refA(), pullSecret(), 1, dockerconfig.NewSensitive(strings.Repeat("x", bytes)))
 		require.NoError(t, err)
-		data, err := EncodeRendered(Rendered{Resource: refA(), Target: target})
+		data, err := EncodeRendered(Rendered{FormatVersion: 1, Resource: refA(), Target: target})
 		for key, value := range data {
 			size += len(key) + len(value)
 		}
@@ -376,11 +376,11 @@ func TestAnotherFormatVersionIsToldApart(t *testing.T) {
 		data, err := EncodeRendered(mustRendered(t))
 		require.NoError(t, err)
 		data["formatVersion"] = []byte(version)
-		_, err = decodeRendered(data)
+		_, err = decodeRendered(data, FormatVersions())
 		require.ErrorIs(t, err, ErrFormatVersion, version)
 		requireSilent(t, err.Error())
 	}
-	_, err := decodeRendered(nil)
+	_, err := decodeRendered(nil, FormatVersions())
 	require.ErrorIs(t, err, ErrFormatVersion)
 }
 
@@ -431,7 +431,7 @@ func TestARenderedFormThatIsNotOursIsRefusedWithoutBeingQuoted(t *testing.T) {
 		data, err := EncodeRendered(mustRendered(t))
 		require.NoError(t, err)
 		spoil(data)
-		got, err := decodeRendered(data)
+		got, err := decodeRendered(data, FormatVersions())
 		require.Error(t, err, name)
 		require.NotErrorIs(t, err, ErrFormatVersion, name)
 		require.True(t, got.Target.IsZero(), name)
@@ -459,7 +459,7 @@ func TestOnlyASecretOfTheRightTypeAndNameIsARenderedOne(t *testing.T) {
 	} {
 		s := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: RenderedName(uidA)}, Type: RenderedType, Data: data}
 		test.edit(s)
-		got, err := DecodeRendered(s)
+		got, err := DecodeRendered(s, FormatVersions())
 		require.Equal(t, test.ok, err == nil, name)
 		require.Equal(t, test.ok, !got.Target.IsZero(), name)
 		if err != nil {
@@ -468,7 +468,7 @@ func TestOnlyASecretOfTheRightTypeAndNameIsARenderedOne(t *testing.T) {
 		}
 	}
 	future := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: RenderedName(uidA)}, Type: RenderedType, Data: map[string][]byte{"formatVersion": []byte("2")}}
-	_, err = DecodeRendered(future)
+	_, err = DecodeRendered(future, FormatVersions())
 	require.ErrorIs(t, err, ErrFormatVersion)
 }
 
@@ -477,7 +477,7 @@ func FuzzDecodeRendered(f *testing.F) {
 	ref := ResourceRef{Name: "a", UID: "u", CreationTimestamp: noon}
 	target, err := NewTarget(ref, pullSecret(), 7, dockerconfig.NewSensitive(config))
 	require.NoError(f, err)
-	data, err := EncodeRendered(Rendered{Resource: ref, Target: target})
+	data, err := EncodeRendered(Rendered{FormatVersion: 1, Resource: ref, Target: target})
 	require.NoError(f, err)
 	seed(string(data["rendered"]), string(target.Body("")))
 	seed(`{"resource":{"name":"a","uid":"u","creationTimestamp":null},"namespaces":{"names":["`+canary+`"],"labels":[{}]},"namespacesWithPods":{"annotations":[{"matchExpressions":null}]},"x":1}`, string(target.Body("")))
@@ -487,7 +487,7 @@ func FuzzDecodeRendered(f *testing.F) {
 	f.Add([]byte("2"), []byte(`{}`), []byte(`{}`))
 	f.Fuzz(func(t *testing.T, version, record, raw []byte) {
 		data := map[string][]byte{"formatVersion": version, "rendered": record, "target": raw}
-		r, err := decodeRendered(data)
+		r, err := decodeRendered(data, FormatVersions())
 		if err != nil {
 			require.Zero(t, r.Resource)
 			require.True(t, r.Target.IsZero())
@@ -508,7 +508,7 @@ func FuzzDecodeRendered(f *testing.F) {
 			return
 		}
 		require.Equal(t, string(raw), string(encoded["target"]), "the target is what was read, byte for byte")
-		again, err := decodeRendered(encoded)
+		again, err := decodeRendered(encoded, FormatVersions())
 		require.NoError(t, err)
 		require.True(t, again.SameSelectors(r))
 		require.True(t, again.Target.SameContent(r.Target))

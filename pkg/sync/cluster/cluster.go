@@ -78,6 +78,9 @@ type Config struct {
 	SourceNamespaces  []string
 	// Excluded namespaces are never selected.
 	Excluded impsync.Exclusion
+	// FormatVersions are the versions of the rendered form that it reads and writes, in
+	// ascending order; impsync.FormatVersions where it is nil.
+	FormatVersions []int
 	// Identity is this process's own name in the Lease; it must be unique.
 	Identity string
 	// DemandLinger is DefaultDemandLinger where it is zero.
@@ -117,6 +120,9 @@ func New(config Config) (*Coordinator, error) {
 		return nil, errors.New("the cluster duty needs an identity of its own in the Lease")
 	case len(config.TargetSecretNames) == 0:
 		return nil, errors.New("no target Secret name is allowed: set --target-secret-names")
+	}
+	if config.FormatVersions == nil {
+		config.FormatVersions = impsync.FormatVersions()
 	}
 	if config.DemandLinger == 0 {
 		config.DemandLinger = DefaultDemandLinger

@@ -579,7 +579,7 @@ func (t *term) rereadRendered(ctx context.Context, uid types.UID) error {
 		return passing("read the rendered Secret", err)
 	default:
 		key := types.NamespacedName{Namespace: t.config.RenderedNamespace, Name: name}
-		read := renderedOf(secret)
+		read := t.renderedOf(secret)
 		if was, ok := t.rendered.Get(key); !ok || newer(read.resourceVersion, was.resourceVersion) {
 			t.rendered.Put(key, read)
 			t.resourceQueue.Add(uid)

@@ -138,7 +138,7 @@ func TestDecideAboutASelectedNamespace(t *testing.T) {
 			t.Run(name+", "+kind, func(t *testing.T) {
 				inBubble(t, func(t *testing.T, s *situation) {
 					c := s.claimOf(t, resource(t, "a", 0, target), 7)
-					s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
+					s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
 					var m *metav1.PartialObjectMetadata
 					if !test.absent {
 						m = s.there(c, test.there...)
@@ -491,8 +491,8 @@ func TestASecretStaysAMinuteAfterTheLastPod(t *testing.T) {
 		c := s.claimOf(t, resource(t, "a", 0, byPods), 7)
 		s.there(c)
 		key := demandKey{"n", "uid-a"}
-		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
-		s.demand.replace("n2", reportOfDemands("n2", "n uid-a"), s.now, always)
+		s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
+		s.demand.replace("n2", demandsFrom("n uid-a"), s.now, always)
 		require.Zero(t, s.decides())
 		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes())
 
@@ -511,7 +511,7 @@ func TestASecretStaysAMinuteAfterTheLastPod(t *testing.T) {
 		require.True(t, d.confirm, "the reports are read again first")
 
 		// A Pod that comes in the last moment keeps it.
-		s.demand.replace("n3", reportOfDemands("n3", "n uid-a"), time.Now(), always)
+		s.demand.replace("n3", demandsFrom("n uid-a"), time.Now(), always)
 		require.Zero(t, s.decide(s.key, time.Now()))
 		s.demand.replace("n3", nil, time.Now(), always)
 		require.Zero(t, s.decide(s.key, time.Now()), "and the minute begins anew")
@@ -535,7 +535,7 @@ func TestASecretThatANodeHasJustCreatedStaysUntilItsReportMustBeThere(t *testing
 		d := s.decide(s.key, s.now.Add(DefaultDemandLinger))
 		require.Equal(t, remove, d.verb)
 		require.True(t, d.confirm)
-		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
+		s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
 		require.Zero(t, s.decide(s.key, s.now.Add(DefaultDemandLinger)))
 	})
 }
@@ -559,7 +559,7 @@ func TestASecretThatNothingIsKnownOfStaysWhileANodeHasNoAgent(t *testing.T) {
 		require.Equal(t, remove, s.decide(s.key, time.Now()).verb)
 
 		// Of a demand that was seen to end, all is known.
-		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), time.Now(), always)
+		s.demand.replace("n1", demandsFrom("n uid-a"), time.Now(), always)
 		s.demand.replace("n1", nil, time.Now(), always)
 		s.node("n2", false)
 		s.updateNodesWithoutAgent()
@@ -576,8 +576,8 @@ func TestWhatAClaimSelectsIsPendingFromTheStart(t *testing.T) {
 		}
 		s.namespaces.Put(types.NamespacedName{Name: "going"}, namespaceMeta{labels: map[string]string{"l": "labelled"}, terminating: true})
 		c := s.claimOf(t, resource(t, "a", 0, `{secret: {name: pull}, namespaces: {names: [kube-x, absent], labels: [{matchLabels: {l: labelled}}]}, namespacesWithPods: {labels: [{}]}}`), 7)
-		s.demand.replace("n1", reportOfDemands("n1", "podded uid-a", "neither uid-b"), s.now, always)
-		s.demand.replace("n2", reportOfDemands("n2", "neither uid-a"), s.now, always)
+		s.demand.replace("n1", demandsFrom("podded uid-a", "neither uid-b"), s.now, always)
+		s.demand.replace("n2", demandsFrom("neither uid-a"), s.now, always)
 		s.demand.replace("n2", nil, s.now, always)
 		older := applied(t, "labelled", c.rendered.Target)
 		at("5")(older)
@@ -602,7 +602,7 @@ func TestWhatIsNotThereIsNotCreatedForADemandThatHasEnded(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		s.claimOf(t, resource(t, "a", 0, byPods), 7)
 		require.Zero(t, s.decides())
-		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
+		s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
 		require.Equal(t, create, s.decides().verb)
 		s.demand.replace("n1", nil, s.now, always)
 		require.Zero(t, s.decides())
@@ -623,7 +623,7 @@ func TestWhatANamespaceRuleDeselectsGoesAtOnce(t *testing.T) {
 		require.False(t, d.confirm)
 
 		// Not where Pods select it as well.
-		s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
+		s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
 		require.Zero(t, s.decides())
 		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes())
 	})
@@ -641,7 +641,7 @@ func TestOnlyItsOwnSecretLingers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
 				c := s.claimOf(t, resource(t, "a", 0, byPods), 7)
-				s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
+				s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
 				s.demand.replace("n1", nil, s.now, always)
 				s.there(c, edit)
 				require.Zero(t, s.decides())
@@ -791,7 +791,7 @@ func TestWithoutAServerNothingIsWrittenBlindly(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
 				c := s.claimOf(t, resource(t, "a", 0, test.target), 7)
-				s.demand.replace("n1", reportOfDemands("n1", "n uid-a"), s.now, always)
+				s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
 				s.demand.replace("n1", nil, s.now.Add(-time.Hour), always)
 				if test.target != byPods {
 					clear(s.demand.states)

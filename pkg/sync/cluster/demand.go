@@ -1,7 +1,9 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,6 +19,10 @@ type demandKey struct {
 	uid       types.UID
 }
 
+func (k demandKey) compare(other demandKey) int {
+	return cmp.Or(strings.Compare(k.namespace, other.namespace), strings.Compare(string(k.uid), string(other.uid)))
+}
+
 // demandState is what is known of one demand.
 type demandState struct {
 	// nodes is how many node reports demand it.
@@ -29,24 +35,17 @@ type demandState struct {
 
 // demand is the sum of all node reports.
 type demand struct {
-	byNode map[string]map[demandKey]struct{}
+	// byNode is sorted, and holds nothing twice.
+	byNode map[string][]demandKey
 	states map[demandKey]*demandState
 }
 
-// replace takes over the report of a node, nil where it is gone, and returns the demands
+// replace takes over what a node demands, sorted and nothing twice, and returns the demands
 // that began or ended with it. An end is remembered where keep says that it matters.
-func (d *demand) replace(node string, report *impsync.Report, now time.Time, keep func(demandKey) bool) (changed []demandKey) {
+func (d *demand) replace(node string, current []demandKey, now time.Time, keep func(demandKey) bool) (changed []demandKey) {
 	was := d.byNode[node]
-	current := map[demandKey]struct{}{}
-	if report != nil {
-		for namespace, uids := range report.Demand {
-			for _, uid := range uids {
-				current[demandKey{namespace, uid}] = struct{}{}
-			}
-		}
-	}
-	for key := range current {
-		if _, ok := was[key]; ok {
+	for _, key := range current {
+		if _, ok := slices.BinarySearchFunc(was, key, demandKey.compare); ok {
 			continue
 		}
 		state := d.states[key]
@@ -59,8 +58,8 @@ func (d *demand) replace(node string, report *impsync.Report, now time.Time, kee
 			changed = append(changed, key)
 		}
 	}
-	for key := range was {
-		if _, ok := current[key]; ok {
+	for _, key := range was {
+		if _, ok := slices.BinarySearchFunc(current, key, demandKey.compare); ok {
 			continue
 		}
 		state := d.states[key]
@@ -99,7 +98,7 @@ func (d *demand) forget(key demandKey) {
 func (t *term) reportChanged(key types.NamespacedName, old, current *reportObject) {
 	// A report that can be read names the node that its name does; one that could not be at
 	// last ends what it said before.
-	node, report := nodeOfReport(key.Name), (*impsync.Report)(nil)
+	node := nodeOfReport(key.Name)
 	if readable := func(r *reportObject) bool { return r != nil && r.err == nil }; readable(old) != readable(current) {
 		defer func() {
 			t.checkReport(node)
@@ -110,17 +109,48 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 		t.log.Warn("cannot read a node report, going on with its last readable form", "report", key.Name, "error", current.err)
 		return
 	}
-	if current != nil {
-		report = &current.report
-	}
 	t.mu.Lock()
+	defer t.mu.Unlock()
+	newest := t.newestReadable()
+	if current == nil {
+		current = &reportObject{}
+		delete(t.formats, node)
+	} else {
+		t.formats[node] = current.formats
+	}
+	if t.newestReadable() != newest {
+		for uid := range t.claims {
+			t.resourceQueue.Add(uid)
+		}
+	}
 	keep := func(key demandKey) bool { return t.byUID[key.uid] != nil }
-	for _, changed := range t.demand.replace(node, report, time.Now(), keep) {
+	for _, changed := range t.demand.replace(node, current.demand, time.Now(), keep) {
 		if claim := t.claims[changed.uid]; claim != nil {
 			t.targetQueue.AddAfter(targetKey{changed.namespace, claim.rendered.Target.Name()}, demandDelay)
 		}
 	}
-	t.mu.Unlock()
+}
+
+// formatVersion returns the version in which a rendered Secret is to be written that is
+// there in version current, 0 for none: the newest that every agent reads. Where there is
+// no such version it stays as it is: agents keep the last form that they could read.
+func (t *term) formatVersion(current int) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return cmp.Or(t.newestReadable(), current, t.config.FormatVersions[0])
+}
+
+// newestReadable is the newest of our versions that all reports name, 0 where there is
+// none. The caller holds the lock.
+func (t *term) newestReadable() int {
+	readable := slices.Clone(t.config.FormatVersions)
+	for _, formats := range t.formats {
+		readable = slices.DeleteFunc(readable, func(v int) bool { return !slices.Contains(formats, v) })
+	}
+	if len(readable) == 0 {
+		return 0
+	}
+	return slices.Max(readable)
 }
 
 // nodeOfReport is the node that a report is named after.
@@ -147,12 +177,9 @@ func (t *term) rereadReports(ctx context.Context) error {
 			if r.err != nil {
 				continue
 			}
-			for namespace, uids := range r.report.Demand {
-				for _, uid := range uids {
-					key := demandKey{namespace, uid}
-					if state := t.demand.states[key]; state != nil && state.nodes == 0 {
-						state.ended = time.Now()
-					}
+			for _, key := range r.demand {
+				if state := t.demand.states[key]; state != nil && state.nodes == 0 {
+					state.ended = time.Now()
 				}
 			}
 		}

@@ -10,25 +10,28 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
 func newDemand() *demand {
-	return &demand{byNode: map[string]map[demandKey]struct{}{}, states: map[demandKey]*demandState{}}
+	return &demand{byNode: map[string][]demandKey{}, states: map[demandKey]*demandState{}}
 }
 
 func always(demandKey) bool { return true }
 
-// reportOfDemands makes a report of "<namespace> <uid>" each.
-func reportOfDemands(node string, demands ...string) *impsync.Report {
-	r := &impsync.Report{Node: node, Demand: map[string][]types.UID{}}
+// demandsFrom makes demands of "<namespace> <uid>" each.
+func demandsFrom(demands ...string) []demandKey {
+	var keys []demandKey
 	for _, d := range demands {
 		namespace, uid, _ := strings.Cut(d, " ")
-		r.Demand[namespace] = append(r.Demand[namespace], types.UID(uid))
+		keys = append(keys, demandKey{namespace, types.UID(uid)})
 	}
-	return r
+	slices.SortFunc(keys, demandKey.compare)
+	return slices.Compact(keys)
 }
 
 func demandsOf(keys []demandKey) []string {
@@ -44,7 +47,7 @@ func TestDemandIsTheSumOfAllReports(t *testing.T) {
 	t.Parallel()
 	d := newDemand()
 	at := func(minute int) time.Time { return noon.Add(time.Duration(minute) * time.Minute) }
-	replace := func(minute int, node string, report *impsync.Report, changed ...string) {
+	replace := func(minute int, node string, report []demandKey, changed ...string) {
 		t.Helper()
 		require.Equal(t, changed, demandsOf(d.replace(node, report, at(minute), always)))
 	}
@@ -57,14 +60,14 @@ func TestDemandIsTheSumOfAllReports(t *testing.T) {
 		return state.nodes
 	}
 
-	replace(0, "n1", reportOfDemands("n1", "a u", "b u", "a v"), "a u", "a v", "b u")
-	replace(1, "n2", reportOfDemands("n2", "a u", "c u"), "c u")
+	replace(0, "n1", demandsFrom("a u", "b u", "a v"), "a u", "a v", "b u")
+	replace(1, "n2", demandsFrom("a u", "c u"), "c u")
 	require.Equal(t, 2, nodes("a u"))
 	require.Equal(t, 1, nodes("a v"))
-	replace(2, "n1", reportOfDemands("n1", "a u", "b u", "a v"))
+	replace(2, "n1", demandsFrom("a u", "b u", "a v"))
 	require.Equal(t, 2, nodes("a u"), "the same report again changes nothing")
 
-	replace(3, "n1", reportOfDemands("n1", "b u", "d u"), "a v", "d u")
+	replace(3, "n1", demandsFrom("b u", "d u"), "a v", "d u")
 	require.Equal(t, 1, nodes("a u"), "another node demands it still")
 	require.Equal(t, 0, nodes("a v"))
 	require.Equal(t, at(3), d.states[demandKey{"a", "v"}].ended)
@@ -73,9 +76,9 @@ func TestDemandIsTheSumOfAllReports(t *testing.T) {
 	require.Equal(t, at(4), d.states[demandKey{"a", "u"}].ended)
 	require.NotContains(t, d.byNode, "n2", "a report that is gone leaves nothing")
 	replace(5, "n2", nil)
-	replace(6, "n3", reportOfDemands("n3"))
+	replace(6, "n3", demandsFrom())
 	require.NotContains(t, d.byNode, "n3")
-	replace(7, "n3", reportOfDemands("n3", "a u"), "a u")
+	replace(7, "n3", demandsFrom("a u"), "a u")
 	require.Equal(t, 1, nodes("a u"), "it begins again")
 
 	d.forget(demandKey{"a", "u"})
@@ -83,14 +86,20 @@ func TestDemandIsTheSumOfAllReports(t *testing.T) {
 	d.forget(demandKey{"c", "u"})
 	d.forget(demandKey{"unknown", "u"})
 	require.Equal(t, -1, nodes("c u"))
-	replace(8, "n1", reportOfDemands("n1", "c u"), "b u", "c u", "d u")
+	replace(8, "n1", demandsFrom("c u"), "b u", "c u", "d u")
 	require.Equal(t, 1, nodes("c u"), "what was forgotten can begin again")
 }
 
 func TestAReportThatNamesADemandTwiceCountsOnce(t *testing.T) {
 	t.Parallel()
+	twice := reportOf(&corev1.ConfigMap{
+		ObjectMeta: metav1.ObjectMeta{Name: "imps-node-n1"},
+		Data:       map[string]string{impsync.ReportKey: `{"node":"n1","demand":{"b":["v"],"a":["v","u","v"]}}`},
+	})
+	require.NoError(t, twice.err)
+	require.Equal(t, demandsFrom("a u", "a v", "b v"), twice.demand)
 	d := newDemand()
-	require.Len(t, d.replace("n1", reportOfDemands("n1", "a u", "a u"), noon, always), 1)
+	require.Len(t, d.replace("n1", demandsFrom("a u"), noon, always), 1)
 	require.Equal(t, 1, d.states[demandKey{"a", "u"}].nodes)
 	require.Len(t, d.replace("n1", nil, noon, always), 1)
 	require.Equal(t, 0, d.states[demandKey{"a", "u"}].nodes)
@@ -99,12 +108,12 @@ func TestAReportThatNamesADemandTwiceCountsOnce(t *testing.T) {
 func TestTheEndOfADemandIsRememberedOnlyWhereItMatters(t *testing.T) {
 	t.Parallel()
 	d := newDemand()
-	d.replace("n1", reportOfDemands("n1", "a u", "a v"), noon, always)
+	d.replace("n1", demandsFrom("a u", "a v"), noon, always)
 	changed := d.replace("n1", nil, noon, func(key demandKey) bool { return key.uid == "u" })
 	require.Equal(t, []string{"a u", "a v"}, demandsOf(changed))
 	require.Len(t, d.states, 1)
 	require.Contains(t, d.states, demandKey{"a", "u"})
-	require.Len(t, d.replace("n1", reportOfDemands("n1", "a v"), noon, always), 1)
+	require.Len(t, d.replace("n1", demandsFrom("a v"), noon, always), 1)
 	require.Equal(t, 1, d.states[demandKey{"a", "v"}].nodes)
 }
 
@@ -113,7 +122,7 @@ func TestADemandThatIsNotKnownYetCanLinger(t *testing.T) {
 	d := newDemand()
 	key := demandKey{"a", "u"}
 	require.Equal(t, &demandState{ended: noon, unknown: true}, d.linger(key, noon))
-	require.Equal(t, []string{"a u"}, demandsOf(d.replace("n1", reportOfDemands("n1", "a u"), noon, always)))
+	require.Equal(t, []string{"a u"}, demandsOf(d.replace("n1", demandsFrom("a u"), noon, always)))
 	require.Equal(t, &demandState{nodes: 1, ended: noon}, d.states[key], "now it is known")
 }
 
@@ -121,16 +130,16 @@ func TestADemandThatIsNotKnownYetCanLinger(t *testing.T) {
 func TestDemandCountsAreAlwaysTheSum(t *testing.T) {
 	t.Parallel()
 	random := rand.New(rand.NewPCG(1, 2))
-	d, reports := newDemand(), map[string]*impsync.Report{}
+	d, reports := newDemand(), map[string][]demandKey{}
 	for step := range 3_000 {
 		node := string(rune('a' + random.IntN(5)))
-		var report *impsync.Report
+		var report []demandKey
 		if random.IntN(4) > 0 {
 			var demands []string
 			for range random.IntN(6) {
 				demands = append(demands, string(rune('a'+random.IntN(3)))+" "+string(rune('u'+random.IntN(3))))
 			}
-			report = reportOfDemands(node, demands...)
+			report = demandsFrom(demands...)
 		}
 		before := map[demandKey]bool{}
 		for key, state := range d.states {
@@ -141,13 +150,8 @@ func TestDemandCountsAreAlwaysTheSum(t *testing.T) {
 
 		want := map[demandKey]int{}
 		for _, r := range reports {
-			if r == nil {
-				continue
-			}
-			for namespace, uids := range r.Demand {
-				for _, uid := range slices.Compact(slices.Sorted(slices.Values(uids))) {
-					want[demandKey{namespace, uid}]++
-				}
+			for _, key := range r {
+				want[key]++
 			}
 		}
 		for key, state := range d.states {
@@ -177,7 +181,7 @@ func TestReportsMakeTargetsWorthALook(t *testing.T) {
 		term.node("n1", false)
 		key := types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName("n1")}
 		put := func(demands ...string) *reportObject {
-			return &reportObject{report: *reportOfDemands("n1", demands...)}
+			return &reportObject{demand: demandsFrom(demands...)}
 		}
 		first, second := put("x uid-a", "y unknown"), put("z uid-a")
 		broken := &reportObject{err: errors.New("node report: not valid JSON")}
@@ -212,7 +216,7 @@ func TestTheDemandOfAReportEndsWithItEvenIfItCouldNotBeReadAtLast(t *testing.T) 
 		}
 		term.claimOf(t, resource(t, "a", 0, `{secret: {name: pull}, namespacesWithPods: {labels: [{}]}}`), 1)
 		key := types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName("n1")}
-		good := &reportObject{report: *reportOfDemands("n1", "x uid-a")}
+		good := &reportObject{demand: demandsFrom("x uid-a")}
 		broken := &reportObject{err: errors.New("node report: not valid JSON")}
 		term.reportChanged(key, nil, good)
 		term.reportChanged(key, good, broken)
@@ -331,5 +335,61 @@ func TestANodeWhoseReportCannotBeReadIsNotTakenForOneWithoutDemand(t *testing.T)
 		s.updateNodesWithoutAgent()
 		require.Zero(t, s.decides())
 		require.Zero(t, s.decide(s.key, s.now.Add(DefaultDemandLinger)))
+	})
+}
+
+func TestARenderedSecretIsWrittenInTheNewestVersionThatEveryAgentReads(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		ours    []int
+		reports [][]int
+		current int
+		want    int
+	}{
+		"no agent yet: the newest":                        {ours: []int{1, 2}, want: 2},
+		"all read the newest":                             {ours: []int{1, 2}, reports: [][]int{{1, 2}, {2, 3}}, current: 1, want: 2},
+		"one reads an older one only":                     {ours: []int{1, 2}, reports: [][]int{{1, 2}, {1}}, current: 1, want: 1},
+		"an agent is rolled back: down again":             {ours: []int{1, 2}, reports: [][]int{{1, 2}, {1}}, current: 2, want: 1},
+		"the coordinator is rolled back, its own newest":  {ours: []int{1}, reports: [][]int{{1, 2}}, want: 1},
+		"nothing that all read: it stays as it is":        {ours: []int{2, 3}, reports: [][]int{{1}, {3}}, current: 3, want: 3},
+		"nothing that all read, and nothing is there yet": {ours: []int{2, 3}, reports: [][]int{{1}}, want: 2},
+		"a report that names none":                        {ours: []int{1, 2}, reports: [][]int{nil, {1, 2}}, current: 1, want: 1},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				term := newTestTerm(t)
+				term.config.FormatVersions = test.ours
+				for i, formats := range test.reports {
+					key := types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName(string(rune('a' + i)))}
+					term.reportChanged(key, nil, &reportObject{formats: formats})
+				}
+				require.Equal(t, test.want, term.formatVersion(test.current))
+			})
+		})
+	}
+}
+
+func TestResourcesAreLookedAtWhereTheVersionMayChange(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		term := newTestTerm(t)
+		term.config.FormatVersions = []int{1, 2}
+		term.claimOf(t, resource(t, "a", 0, byName), 1)
+		last := map[string]*reportObject{}
+		says := func(node string, current *reportObject, queued ...string) {
+			t.Helper()
+			term.reportChanged(types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName(node)}, last[node], current)
+			last[node] = current
+			require.Equal(t, queued, term.queuedResources())
+		}
+		old, current := &reportObject{formats: []int{1}}, &reportObject{formats: []int{1, 2}}
+		says("n1", current)
+		says("n2", old, "uid-a")
+		says("n3", old)
+		says("n2", current)
+		says("n3", &reportObject{err: errors.New("node report: not valid JSON")})
+		require.Equal(t, 1, term.formatVersion(1), "what was readable last stays in force")
+		says("n3", nil, "uid-a")
 	})
 }

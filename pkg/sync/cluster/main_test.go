@@ -162,7 +162,7 @@ func renderedAt(t *testing.T, r *v1alpha1.ImagePullSecret, counter uint64) impsy
 	t.Helper()
 	target, err := impsync.NewTarget(impsync.RefOf(r), r.Spec.Target.Secret, counter, dockerconfig.NewSensitive(`{"auths":{"r.io":{"password":"`+canary+`"}}}`))
 	require.NoError(t, err)
-	return impsync.Rendered{Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods, Target: target}
+	return impsync.Rendered{FormatVersion: 1, Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods, Target: target}
 }
 
 // claimOf puts a resource in force that was rendered at a counter.
@@ -257,7 +257,7 @@ func (t *term) node(name string, reports bool) {
 	t.nodes.Put(types.NamespacedName{Name: name}, struct{}{})
 	if reports {
 		t.reports.Put(types.NamespacedName{Namespace: t.config.Namespace, Name: impsync.ReportName(name)},
-			reportObject{report: impsync.Report{Node: name}})
+			reportObject{formats: impsync.FormatVersions()})
 	}
 }
 

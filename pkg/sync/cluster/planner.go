@@ -159,7 +159,7 @@ func (p *planner) renderable(merged dockerconfig.Config) error {
 		return err
 	}
 	_, err = impsync.EncodeRendered(impsync.Rendered{
-		Resource: ref, Namespaces: target.Namespaces, Pods: target.NamespacesWithPods, Target: secret,
+		FormatVersion: 1, Resource: ref, Namespaces: target.Namespaces, Pods: target.NamespacesWithPods, Target: secret,
 	})
 	return err
 }

@@ -220,7 +220,7 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 			return err, nil
 		}
 	}
-	next := impsync.Rendered{Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods}
+	next := impsync.Rendered{FormatVersion: t.formatVersion(published.FormatVersion), Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods}
 	if next.Target, err = impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config); err != nil {
 		return err, nil
 	}
@@ -310,7 +310,7 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 		if err != nil {
 			return nil, err
 		}
-		t.rendered.Put(t.renderedKey(c.ref.UID), renderedOf(written))
+		t.rendered.Put(t.renderedKey(c.ref.UID), t.renderedOf(written))
 	}
 
 	t.mu.Lock()
@@ -358,7 +358,7 @@ func (t *term) withdraw(ctx context.Context, c *claim) error {
 }
 
 func sameRendered(a, b impsync.Rendered) bool {
-	return a.Target.Revision() == b.Target.Revision() && a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.SameSelectors(b)
+	return a.FormatVersion == b.FormatVersion && a.Target.Revision() == b.Target.Revision() && a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.SameSelectors(b)
 }
 
 // retire ends a resource that is gone or going: its rendered Secret first, so that no

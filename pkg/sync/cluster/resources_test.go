@@ -266,7 +266,7 @@ func (r *rendering) remembers(counter uint64) impsync.Rendered {
 	require.NoError(r.t, err)
 	target, err := impsync.NewTarget(r.claim.ref, r.resource.Spec.Target.Secret, counter, config)
 	require.NoError(r.t, err)
-	rendered := impsync.Rendered{Resource: r.claim.ref, Namespaces: r.resource.Spec.Target.Namespaces, Pods: r.resource.Spec.Target.NamespacesWithPods, Target: target}
+	rendered := impsync.Rendered{FormatVersion: 1, Resource: r.claim.ref, Namespaces: r.resource.Spec.Target.Namespaces, Pods: r.resource.Spec.Target.NamespacesWithPods, Target: target}
 	r.known = &state{counter: counter, lastGood: r.resolved.lastGood, resourceVersion: "5"}
 	r.rendered.Put(r.renderedKey("uid-a"), renderedSecret{rendered: rendered, resourceVersion: "1"})
 	return rendered

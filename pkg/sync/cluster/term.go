@@ -69,6 +69,8 @@ type term struct {
 	targets map[string]*impsync.Mirror[impsync.Existing]
 	sources map[types.NamespacedName]*source
 	demand  demand
+	// formats are the versions of the rendered form that each node's agent reads.
+	formats map[string][]int
 	// undeletable are Secrets that are not wanted and could not be deleted.
 	undeletable map[targetKey]undeletable
 	// withoutAgent is the number of nodes without a report.
@@ -89,7 +91,9 @@ func (m namespaceMeta) equal(other namespaceMeta) bool {
 
 // reportObject is what is kept of a node report's ConfigMap.
 type reportObject struct {
-	report          impsync.Report
+	// demand is sorted, and holds nothing twice.
+	demand          []demandKey
+	formats         []int // as in impsync.Report
 	err             error
 	uid             types.UID
 	resourceVersion string
@@ -114,7 +118,8 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 		sources:     map[types.NamespacedName]*source{},
 		undeletable: map[targetKey]undeletable{},
 		nodeGone:    map[string]time.Time{},
-		demand:      demand{byNode: map[string]map[demandKey]struct{}{}, states: map[demandKey]*demandState{}},
+		formats:     map[string][]int{},
+		demand:      demand{byNode: map[string][]demandKey{}, states: map[demandKey]*demandState{}},
 	}
 	t.resources = impsync.NewMirror(impsync.MirrorConfig[*v1alpha1.ImagePullSecret]{
 		Name: "ImagePullSecrets", Example: &v1alpha1.ImagePullSecret{}, Log: c.log,
@@ -151,7 +156,7 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 	t.rendered = impsync.NewMirror(impsync.MirrorConfig[renderedSecret]{
 		Name: "rendered Secrets", Example: &corev1.Secret{}, Log: c.log,
 		ListWatch: impsync.TypedListWatch(c.core.Secrets(c.config.RenderedNamespace).List, c.core.Secrets(c.config.RenderedNamespace).Watch, metav1.ListOptions{}),
-		Convert:   func(o runtime.Object) renderedSecret { return renderedOf(o.(*corev1.Secret)) },
+		Convert:   func(o runtime.Object) renderedSecret { return c.renderedOf(o.(*corev1.Secret)) },
 		OnChange:  t.renderedChanged,
 		Newer: func(a, b renderedSecret) bool {
 			return newer(a.resourceVersion, b.resourceVersion)
@@ -180,11 +185,19 @@ func reportOf(c *corev1.ConfigMap) reportObject {
 	if err == nil && impsync.ReportName(report.Node) != c.Name {
 		err = errors.New("node report: it names another node than its name does")
 	}
-	return reportObject{report: report, err: err, uid: c.UID, resourceVersion: c.ResourceVersion}
+	r := reportObject{formats: report.FormatVersions, err: err, uid: c.UID, resourceVersion: c.ResourceVersion}
+	for namespace, uids := range report.Demand {
+		for _, uid := range uids {
+			r.demand = append(r.demand, demandKey{namespace, uid})
+		}
+	}
+	slices.SortFunc(r.demand, demandKey.compare)
+	r.demand = slices.Compact(r.demand)
+	return r
 }
 
-func renderedOf(s *corev1.Secret) renderedSecret {
-	rendered, err := impsync.DecodeRendered(s)
+func (c *Coordinator) renderedOf(s *corev1.Secret) renderedSecret {
+	rendered, err := impsync.DecodeRendered(s, c.config.FormatVersions)
 	return renderedSecret{rendered: rendered, err: err, resourceVersion: s.ResourceVersion}
 }
 

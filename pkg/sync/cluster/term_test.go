@@ -52,7 +52,8 @@ func TestReportOf(t *testing.T) {
 	}
 	good := report("imps-node-n1", `{"node":"n1","formatVersions":[1],"demand":{"a":["u"]}}`)
 	require.NoError(t, good.err)
-	require.Equal(t, "n1", good.report.Node)
+	require.Equal(t, []int{1}, good.formats)
+	require.Equal(t, demandsFrom("a u"), good.demand)
 	require.Equal(t, types.UID("u"), good.uid)
 	require.Equal(t, "5", good.resourceVersion)
 	require.ErrorContains(t, report("imps-node-n2", `{"node":"n1"}`).err, "another node", "nobody speaks for another node")
@@ -66,6 +67,7 @@ func TestRenderedOf(t *testing.T) {
 	data, err := impsync.EncodeRendered(rendered)
 	require.NoError(t, err)
 	s := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: impsync.RenderedName("uid-a"), ResourceVersion: "5"}, Type: impsync.RenderedType, Data: data}
+	renderedOf := newTestTerm(t).renderedOf
 	got := renderedOf(s)
 	require.NoError(t, got.err)
 	require.Equal(t, "5", got.resourceVersion)
@@ -235,7 +237,7 @@ func (s *situation) knows(resources []*v1alpha1.ImagePullSecret, rendered []core
 	}, images)
 	s.rendered = synced(s.t, impsync.MirrorConfig[renderedSecret]{
 		Name: "rendered", Example: &corev1.Secret{}, Log: s.log, OnChange: s.renderedChanged,
-		Convert: func(o runtime.Object) renderedSecret { return renderedOf(o.(*corev1.Secret)) },
+		Convert: func(o runtime.Object) renderedSecret { return s.renderedOf(o.(*corev1.Secret)) },
 	}, &corev1.SecretList{Items: rendered})
 	s.reports = synced(s.t, impsync.MirrorConfig[reportObject]{
 		Name: "reports", Example: &corev1.ConfigMap{}, Log: s.log, OnChange: s.reportChanged,

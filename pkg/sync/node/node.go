@@ -46,6 +46,9 @@ type Config struct {
 	RenderedNamespace string
 	// Excluded namespaces are never served.
 	Excluded impsync.Exclusion
+	// FormatVersions are the versions of the rendered form that it reads;
+	// impsync.FormatVersions where it is nil.
+	FormatVersions []int
 	// Client is the connection to the API server, with the agent's own identity.
 	Client   *rest.Config
 	Metrics  *impsync.Metrics
@@ -127,6 +130,9 @@ func New(config Config) (*Agent, error) {
 	case config.Namespace == "" || config.RenderedNamespace == "":
 		return nil, errors.New("the node duty needs the namespaces of its report and of the rendered Secrets")
 	}
+	if config.FormatVersions == nil {
+		config.FormatVersions = impsync.FormatVersions()
+	}
 	connection, err := rest.HTTPClientFor(config.Client)
 	if err != nil {
 		return nil, fmt.Errorf("connection to the API server: %w", err)
@@ -167,7 +173,7 @@ func New(config Config) (*Agent, error) {
 	a.rendered = impsync.NewMirror(impsync.MirrorConfig[renderedSecret]{
 		Name: "rendered Secrets", Example: &corev1.Secret{}, Log: a.log,
 		ListWatch: impsync.TypedListWatch(a.core.Secrets(config.RenderedNamespace).List, a.core.Secrets(config.RenderedNamespace).Watch, metav1.ListOptions{}),
-		Convert:   convertRendered,
+		Convert:   a.convertRendered,
 		OnChange:  a.renderedChanged,
 	})
 	a.report = impsync.NewMirror(impsync.MirrorConfig[string]{
@@ -276,9 +282,9 @@ func isWaiting(p *corev1.Pod) bool {
 	return started < len(p.Spec.InitContainers)+len(p.Spec.Containers)
 }
 
-func convertRendered(o runtime.Object) renderedSecret {
+func (a *Agent) convertRendered(o runtime.Object) renderedSecret {
 	s := o.(*corev1.Secret)
-	rendered, err := impsync.DecodeRendered(s)
+	rendered, err := impsync.DecodeRendered(s, a.config.FormatVersions)
 	return renderedSecret{rendered: rendered, deleting: s.DeletionTimestamp != nil, err: err}
 }
 

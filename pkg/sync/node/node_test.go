@@ -140,19 +140,20 @@ func TestOnlyARenderedSecretIsTakenForOne(t *testing.T) {
 		edit(s)
 		return s
 	}
-	got := convertRendered(secret(func(*corev1.Secret) {}))
+	convert := newTestAgent(t).convertRendered
+	got := convert(secret(func(*corev1.Secret) {}))
 	require.NoError(t, got.err)
 	require.False(t, got.deleting)
 	require.Equal(t, uint64(7), got.rendered.Target.Revision().Counter)
 	require.NotContains(t, fmt.Sprintf("%v %+v %#v", got, got, got), canary)
 
-	require.True(t, convertRendered(secret(func(s *corev1.Secret) { s.DeletionTimestamp = &now })).deleting)
+	require.True(t, convert(secret(func(s *corev1.Secret) { s.DeletionTimestamp = &now })).deleting)
 	for name, edit := range map[string]func(*corev1.Secret){
 		"another type": func(s *corev1.Secret) { s.Type = corev1.SecretTypeDockerConfigJson },
 		"another name": func(s *corev1.Secret) { s.Name = "pull" },
 		"no data":      func(s *corev1.Secret) { s.Data = nil },
 	} {
-		got := convertRendered(secret(edit))
+		got := convert(secret(edit))
 		require.Error(t, got.err, name)
 		require.True(t, got.rendered.Target.IsZero(), name)
 	}

@@ -82,7 +82,9 @@ func (a *Agent) writeReport(ctx context.Context) (wrote bool, err error) {
 func (a *Agent) currentReport() impsync.Report {
 	a.mu.Lock()
 	byPods := make([]*selecting, 0, len(a.active))
-	for _, s := range a.active {
+	inForce := map[string]bool{}
+	for name, s := range a.active {
+		inForce[name] = true
 		if s.selection.HasPodRules() {
 			byPods = append(byPods, s)
 		}
@@ -90,8 +92,20 @@ func (a *Agent) currentReport() impsync.Report {
 	a.mu.Unlock()
 	report := impsync.Report{
 		Node:           a.config.NodeName,
-		FormatVersions: []int{impsync.FormatVersion},
+		FormatVersions: a.config.FormatVersions,
 		Demand:         map[string][]types.UID{},
+	}
+	// Of what this agent has never been able to read, the demand stays that was reported
+	// last: by the agent before, which could.
+	unread := map[types.UID]bool{}
+	a.rendered.Range(func(key types.NamespacedName, r renderedSecret) bool {
+		if !inForce[key.Name] && !r.deleting {
+			unread[impsync.UIDOfRendered(key.Name)] = true
+		}
+		return true
+	})
+	if len(unread) > 0 {
+		a.keepDemand(report.Demand, unread)
 	}
 	if len(byPods) == 0 {
 		return report
@@ -116,4 +130,26 @@ func (a *Agent) currentReport() impsync.Report {
 		return true
 	})
 	return report
+}
+
+// keepDemand adds what the last report demands for these resources, as far as there still
+// are Pods in its namespaces.
+func (a *Agent) keepDemand(demand map[string][]types.UID, resources map[types.UID]bool) {
+	text, _ := a.report.Get(types.NamespacedName{Namespace: a.config.Namespace, Name: impsync.ReportName(a.config.NodeName)})
+	last, err := impsync.DecodeReport(map[string]string{impsync.ReportKey: text})
+	if err != nil {
+		return // there was none, or none of ours
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for namespace, uids := range last.Demand {
+		if a.namespaces[namespace] == nil {
+			continue
+		}
+		for _, uid := range uids {
+			if resources[uid] {
+				demand[namespace] = append(demand[namespace], uid)
+			}
+		}
+	}
 }

@@ -59,7 +59,7 @@ func TestCurrentReport(t *testing.T) {
 				report := a.currentReport()
 				first, err := report.Encode() // sorts
 				require.NoError(t, err)
-				require.Equal(t, impsync.Report{Node: "n1", FormatVersions: []int{impsync.FormatVersion}, Demand: test.want}, report)
+				require.Equal(t, impsync.Report{Node: "n1", FormatVersions: impsync.FormatVersions(), Demand: test.want}, report)
 				for range 10 {
 					again, err := a.currentReport().Encode()
 					require.NoError(t, err)
@@ -162,5 +162,29 @@ func TestARetryOfTheReportStopsWhereItIsRightByThen(t *testing.T) {
 		a.report.Put(types.NamespacedName{Namespace: "imps-system", Name: "imps-node-n1"}, data[impsync.ReportKey])
 		<-time.After(time.Hour)
 		require.Empty(t, a.server.asked(), "the write had arrived, only its answer had not")
+	})
+}
+
+// An agent that is rolled back must not withdraw demand only since it cannot read why.
+func TestOfWhatItCannotReadTheDemandStaysThatWasReportedLast(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *testAgent) {
+		last, err := impsync.Report{Node: "n1", Demand: map[string][]types.UID{
+			"a": {"uid-new", "uid-r"}, "b": {"uid-new"}, "empty": {"uid-new"}, "c": {"uid-dead"},
+		}}.Encode()
+		require.NoError(t, err)
+		a.report.Put(types.NamespacedName{Namespace: "imps-system", Name: "imps-node-n1"}, last[impsync.ReportKey])
+		a.serves(rendered(t, "r", 0, byPods, 1))
+		key := types.NamespacedName{Namespace: "imps-rendered", Name: "imps-rendered-uid-new"}
+		unreadable := renderedSecret{err: impsync.ErrFormatVersion}
+		a.rendered.Put(key, unreadable)
+		a.renderedChanged(key, nil, &unreadable)
+		for _, namespace := range []string{"a", "b", "c"} {
+			a.pod(namespace, "x", &pod{})
+		}
+		require.Equal(t, map[string][]types.UID{"a": {"uid-new"}, "b": {"uid-new"}}, a.currentReport().Demand)
+
+		unreadable.deleting = true
+		a.rendered.Put(key, unreadable)
+		require.Empty(t, a.currentReport().Demand)
 	})
 }
