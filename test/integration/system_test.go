@@ -221,13 +221,17 @@ func (s *system) standby(change ...func(*clusterduty.Config)) *process {
 }
 
 // agent runs the node duty with a token as the chart's DaemonSet has it on this node.
-func (s *system) agent(nodeName string) *process {
+func (s *system) agent(nodeName string, change ...func(*nodeduty.Config)) *process {
 	s.t.Helper()
-	a, err := nodeduty.New(nodeduty.Config{
+	config := nodeduty.Config{
 		NodeName: nodeName, Namespace: systemNamespace, RenderedNamespace: renderedNamespace,
 		Client:  s.config(s.nodeToken(nodeName), "agent/"+nodeName),
 		Metrics: s.metrics, Registry: s.newRegistry(), Log: logger(),
-	})
+	}
+	for _, c := range change {
+		c(&config)
+	}
+	a, err := nodeduty.New(config)
 	require.NoError(s.t, err)
 	p := s.start(a.Run, a.Ready)
 	s.eventually(p.ready, "the agent does not become ready")
