@@ -257,3 +257,49 @@ registry:
 	s.manages(s.prefix, second)
 	require.True(t, slices.Contains(registriesOf(t, s.secret(second, secretName)), "registry.one"))
 }
+
+// Two that undo each other's work must not keep the API server busy.
+func TestSomebodyWhoEditsASecretAtEveryChangeDoesNotMakeImpsWriteAtEveryChange(t *testing.T) {
+	s := newSystem(t)
+	s.source("one", dockerConfig("one.example.com"))
+	namespace := s.namespace(nil, nil)
+	spec := `
+registry: {credentials: [{name: one, namespace: registry-access}]}
+target: {secret: {name: ` + secretName + `}, namespaces: {names: [` + namespace + `]}}`
+	s.resource(s.prefix+"r", spec)
+	s.coordinator()
+	s.has(namespace, "one.example.com")
+	s.ready(s.prefix+"r", 1)
+
+	mark := s.control.Audit().Mark()
+	secrets := s.core.CoreV1().Secrets(namespace)
+	watcher, err := secrets.Watch(t.Context(), metav1.ListOptions{})
+	require.NoError(t, err)
+	edited := make(chan int)
+	go func() {
+		edits := 0
+		defer func() { edited <- edits }()
+		for event := range watcher.ResultChan() {
+			secret, ok := event.Object.(*corev1.Secret)
+			if !ok || secret.Annotations[impsync.AnnotationRevision] == "edited" {
+				continue
+			}
+			_, err := secrets.Patch(t.Context(), secretName, "application/merge-patch+json",
+				[]byte(`{"metadata":{"annotations":{"`+impsync.AnnotationRevision+`":"edited"}}}`), metav1.PatchOptions{FieldManager: "an-editor"})
+			if err != nil {
+				return
+			}
+			edits++
+		}
+	}()
+	s.failed(s.prefix+"r", "somebody changes or deletes the Secret")
+	watcher.Stop()
+	edits := <-edited
+	require.GreaterOrEqual(t, edits, 4)
+	writes := len(s.secretWrites(mark, "coordinator"))
+	require.GreaterOrEqual(t, writes, 3)
+	require.LessOrEqual(t, writes, 3+5, "prompt repairs, and what the deadline allows beyond")
+
+	s.ready(s.prefix+"r", 1) // the editor has gone, and the repair comes
+	s.has(namespace, "one.example.com")
+}

@@ -43,6 +43,33 @@ const (
 	failed
 )
 
+// repairs are how often in a row one Secret was repaired, and when last.
+type repairs struct {
+	// expectation is what it was repaired to.
+	expectation *impsync.Expectation
+	times       int
+	last        time.Time
+}
+
+const (
+	// promptRepairs are made at once; whoever undoes them all is at work himself, and each
+	// further one waits, from a second doubling to repairMaxDelay.
+	promptRepairs  = 3
+	repairMaxDelay = 5 * time.Minute
+)
+
+// wait is for how long the next repair must wait.
+func (r repairs) wait(now time.Time) time.Duration {
+	if r.times < promptRepairs {
+		return 0
+	}
+	delay := repairMaxDelay
+	if doublings := r.times - promptRepairs; doublings < 9 {
+		delay = min(delay, time.Second<<doublings)
+	}
+	return r.last.Add(delay).Sub(now)
+}
+
 // undeletable is a Secret that is not wanted any more and could not be deleted.
 type undeletable struct {
 	owner   types.UID
@@ -74,6 +101,8 @@ type decision struct {
 	target   impsync.Target
 	owners   []impsync.ResourceRef
 	existing impsync.Existing
+	// repairs is set where the write undoes what somebody else did.
+	repairs *repairs
 	// confirm: nothing demands it as far as is known; ask the reports before deleting.
 	confirm bool
 }
@@ -179,6 +208,9 @@ func (t *term) reconcileTarget(ctx context.Context, key targetKey) error {
 			return nil
 		}
 		err := t.perform(ctx, key, d)
+		if err == nil && d.repairs != nil {
+			t.repaired(key, d)
+		}
 		if errors.Is(err, errAgain) || err != nil && impsync.ClassifyError(err) == impsync.ClassConflict {
 			err = t.reread(ctx, key, d)
 		}
@@ -274,10 +306,35 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 		t.note(winner, key.namespace, &outcome{kind: delivered, counter: counter})
 		return decision{}
 	}
-	if was, ok := winner.outcomes[key.namespace]; !ok || was.kind == excluded {
+	was, ok := winner.outcomes[key.namespace]
+	if was.counter == counter { // it was delivered, and somebody has undone that
+		r := winner.repairs[key.namespace]
+		if r.expectation != expectation || now.Sub(r.last) > 2*repairMaxDelay {
+			r = repairs{expectation: expectation}
+		}
+		if wait := r.wait(now); wait > 0 {
+			t.targetQueue.AddAfter(key, wait)
+			t.note(winner, key.namespace, &outcome{
+				kind: failed, counter: counter,
+				message: "somebody changes or deletes the Secret whenever it is repaired; it is repaired ever more seldom, every 5 minutes in the end",
+			})
+			return decision{}
+		}
+		d.repairs = &r
+	}
+	if !ok || was.kind == excluded {
 		t.note(winner, key.namespace, &outcome{kind: pending, counter: was.counter})
 	}
 	return d
+}
+
+// repaired notes a repair that was made.
+func (t *term) repaired(key targetKey, d decision) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	d.repairs.times++
+	d.repairs.last = time.Now()
+	d.winner.repairs[key.namespace] = *d.repairs
 }
 
 // inForce reports whether a resource is there and not going. The caller holds the lock.
@@ -451,6 +508,7 @@ func (t *term) note(c *claim, namespace string, o *outcome) {
 		return
 	case o == nil:
 		delete(c.outcomes, namespace)
+		delete(c.repairs, namespace)
 	default:
 		c.outcomes[namespace] = *o
 	}

@@ -939,3 +939,66 @@ func TestALateFailureUnderAnEarlierNameIsNotTold(t *testing.T) {
 		require.Empty(t, s.outcomes())
 	})
 }
+
+func TestASecretThatSomebodyChangesAgainAndAgainIsRepairedEverMoreSeldom(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.node("n1", true)
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.there(c)
+		require.Zero(t, s.decides())
+		require.Equal(t, map[string]string{"a in n": "delivered at 7"}, s.outcomes())
+		s.there(c, edited)
+
+		wait := []time.Duration{0, 0, 0, time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second}
+		for len(wait) < 12 {
+			wait = append(wait, min(2*wait[len(wait)-1], 5*time.Minute))
+		}
+		for i, want := range wait {
+			s.queuedTargets()
+			if want > 0 {
+				require.Zero(t, s.decide(s.key, time.Now()), "repair %d waits", i)
+				require.Equal(t, map[string]string{"a in n": "failed at 7"}, s.outcomes())
+				<-time.After(want - 1)
+				synctest.Wait()
+				require.Empty(t, s.queuedTargets())
+				<-time.After(1)
+				synctest.Wait()
+				require.Equal(t, []string{"n/pull"}, s.queuedTargets(), "repair %d comes after %s", i, want)
+			}
+			d := s.decide(s.key, time.Now())
+			require.Equal(t, update, d.verb)
+			s.repaired(s.key, d)
+		}
+
+		s.there(c, at("6"))
+		require.Zero(t, s.decide(s.key, time.Now()), "whatever the change is")
+		s.mirrorOf(t, "pull")
+		require.Zero(t, s.decide(s.key, time.Now()), "also a deletion")
+		<-time.After(2*repairMaxDelay + 1)
+		require.Equal(t, create, s.decide(s.key, time.Now()).verb)
+		require.Zero(t, s.decide(s.key, time.Now()).repairs.times, "it was quiet for long: all is forgotten")
+	})
+}
+
+func TestWhatIsNoRepairDoesNotWait(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.there(c)
+		s.decides()
+		s.there(c, edited)
+		for range promptRepairs {
+			s.repaired(s.key, s.decides())
+		}
+		require.Zero(t, s.decides())
+
+		second := s.claimOf(t, resource(t, "b", 1, byName), 1)
+		require.Equal(t, update, s.decides().verb, "another resource claims it, too")
+		delete(s.byTarget["pull"], second.ref.UID)
+		require.Zero(t, s.decides())
+
+		c.setRendered(renderedAt(t, resource(t, "a", 0, byName), 8), c.selection)
+		d := s.decides()
+		require.Equal(t, update, d.verb, "a rotation")
+		require.Nil(t, d.repairs)
+	})
+}

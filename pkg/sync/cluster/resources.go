@@ -27,6 +27,8 @@ type claim struct {
 	expectations map[string]*impsync.Expectation
 	// outcomes are the namespaces that the claim selects, or that keep its Secret.
 	outcomes map[string]outcome
+	// repairs are the Secrets that others changed or deleted after they were delivered.
+	repairs map[string]repairs
 	// withdrawn: the resource asks for nothing, and none of its Secrets is wanted.
 	withdrawn bool
 	// state is nil until it was read.
@@ -53,7 +55,7 @@ type claim struct {
 // newClaim puts a resource in force as it was rendered, or selects nothing where it never
 // was.
 func newClaim(r *v1alpha1.ImagePullSecret, rendered impsync.Rendered) *claim {
-	c := &claim{ref: impsync.RefOf(r), outcomes: map[string]outcome{}, unread: true}
+	c := &claim{ref: impsync.RefOf(r), outcomes: map[string]outcome{}, repairs: map[string]repairs{}, unread: true}
 	if !rendered.Target.IsZero() {
 		if selection, _, err := impsync.CompileSelection(rendered.Namespaces, rendered.Pods); err == nil {
 			c.setRendered(rendered, selection)
@@ -66,6 +68,7 @@ func (c *claim) setRendered(rendered impsync.Rendered, selection *impsync.Select
 	c.rendered, c.selection = rendered, selection
 	c.withdrawn = c.withdrawn && rendered.Target.IsZero()
 	c.expectations = map[string]*impsync.Expectation{}
+	clear(c.repairs)
 }
 
 // putClaim puts a claim in force. The caller holds the lock.
