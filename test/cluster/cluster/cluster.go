@@ -72,6 +72,7 @@ type Option func(*settings)
 
 type settings struct {
 	etcd           string
+	etcdQuota      int64
 	apiServerFlags []string
 	keep           bool
 	progress       io.Writer
@@ -120,7 +121,7 @@ func WithProgress(w io.Writer) Option {
 // nothing is left running, and the error holds the end of the log of the
 // component that failed.
 func Run(ctx context.Context, opts ...Option) (*Cluster, error) {
-	s := settings{keep: os.Getenv("CLUSTER_KEEP") != "", progress: os.Stderr}
+	s := settings{etcdQuota: defaultEtcdQuota, keep: os.Getenv("CLUSTER_KEEP") != "", progress: os.Stderr}
 	for _, opt := range opts {
 		opt(&s)
 	}
@@ -153,7 +154,7 @@ func Run(ctx context.Context, opts ...Option) (*Cluster, error) {
 // start brings the components up one after the other, each as early as the one
 // before it lets it.
 func (c *Cluster) start(ctx, lifetime context.Context, binaries Binaries, s settings) error {
-	c.add(lifetime, Etcd, binaries.Etcd, etcdArgs())
+	c.add(lifetime, Etcd, binaries.Etcd, etcdArgs(s.etcdQuota))
 	if err := c.startEtcd(); err != nil {
 		return err
 	}

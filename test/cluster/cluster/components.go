@@ -32,7 +32,7 @@ const (
 // etcdArgs has etcd listen on unix sockets only: nobody else can reach it, and
 // no port can be taken by someone else while it is down. Nothing is synced to
 // disk, since the data does not outlive the machine anyway.
-func etcdArgs() []string {
+func etcdArgs(quota int64) []string {
 	client, peer := "unix://"+etcdSocket, "unix://"+etcdPeerSocket
 	return []string{
 		"--name=etcd",
@@ -43,7 +43,7 @@ func etcdArgs() []string {
 		"--initial-advertise-peer-urls=" + peer,
 		"--initial-cluster=etcd=" + peer,
 		"--unsafe-no-fsync",
-		"--quota-backend-bytes=8589934592",
+		fmt.Sprintf("--quota-backend-bytes=%d", quota),
 		"--logger=zap",
 		"--log-level=warn",
 	}
