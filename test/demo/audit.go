@@ -9,12 +9,13 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/imps-node/imps/test/cluster/cluster"
+	"github.com/imps-node/imps/test/imps"
 )
 
 // actors are the users that write pull Secrets, and what the audience calls them.
 var actors = []struct{ name, user string }{
-	{"agent", "system:serviceaccount:" + systemNamespace + ":" + agentName},
-	{"coordinator", "system:serviceaccount:" + systemNamespace + ":" + coordinatorName},
+	{"agent", "system:serviceaccount:" + systemNamespace + ":" + imps.AgentAccount},
+	{"coordinator", "system:serviceaccount:" + systemNamespace + ":" + imps.CoordinatorAccount},
 	{"garbage collector", "system:serviceaccount:kube-system:generic-garbage-collector"},
 }
 

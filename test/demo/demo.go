@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/imps-node/imps/test/cluster/cluster"
+	"github.com/imps-node/imps/test/imps"
 )
 
 const (
@@ -29,7 +31,8 @@ type demo struct {
 	client    *kubernetes.Clientset
 	dir       string // holds the binary, the kubeconfigs and the logs
 	binary    string
-	processes []*process
+	processes []*imps.Process
+	stopping  atomic.Bool             // the processes are told to end
 	died      context.CancelCauseFunc // ends the run when a process ends on its own
 
 	passwords passwords // the current ones
@@ -151,7 +154,7 @@ func (d *demo) wait(ctx context.Context) error {
    or, for the resource only: go run ./test/demo get imps
 `, d.control.Kubeconfig(), resourceName, secretName, occupied)
 	for _, p := range d.processes {
-		d.say("   %-13s http://%s/metrics  %s", p.name, p.logged("metricsAddr"), p.log)
+		d.say("   %-13s http://%s/metrics  %s", p.Name, p.Logged("metricsAddr"), p.LogFile)
 	}
 	d.say("\n   Ctrl-C ends it and removes everything.")
 	d.waiting = true

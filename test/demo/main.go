@@ -9,15 +9,11 @@ import (
 	"context"
 	"os"
 	"os/signal"
-	"runtime"
 	"slices"
 	"syscall"
 )
 
 func main() {
-	// A process that dies with the demo is tied to the thread that started it: this one, which lives
-	// as long as the demo does.
-	runtime.LockOSThread()
 	// SIGPIPE: whoever reads the output is gone, and there is still something to clean up.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	d := &demo{printer: printer{os.Stdout}, keep: os.Getenv("KEEP") == "1"}

@@ -26,9 +26,17 @@ const (
 	SourceNamespace   = "registry-access"
 	SecretName        = "imps-pull-secret"
 
-	coordinatorName = "imps-coordinator"
-	agentName       = "imps-node"
+	// CoordinatorAccount and AgentAccount are the ServiceAccounts of the two duties, and
+	// the names of their workloads.
+	CoordinatorAccount = "imps-coordinator"
+	AgentAccount       = "imps-node"
 )
+
+// Root returns the folder of this repository, from anywhere in it.
+func Root(ctx context.Context) (string, error) {
+	out, err := output(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "github.com/imps-node/imps")
+	return strings.TrimSpace(string(out)), err
+}
 
 // Build builds imps-node into a folder, with more arguments for go build ("-race", say),
 // and returns the binary's path.
@@ -73,11 +81,11 @@ func Coordinator(ctx context.Context, control *cluster.Cluster) (Spec, error) {
 	if err != nil {
 		return Spec{}, err
 	}
-	deployment, err := client.AppsV1().Deployments(SystemNamespace).Get(ctx, coordinatorName, metav1.GetOptions{})
+	deployment, err := client.AppsV1().Deployments(SystemNamespace).Get(ctx, CoordinatorAccount, metav1.GetOptions{})
 	if err != nil {
 		return Spec{}, fmt.Errorf("read the coordinator's Deployment: %w", err)
 	}
-	token, err := control.Token(ctx, SystemNamespace, coordinatorName)
+	token, err := control.Token(ctx, SystemNamespace, CoordinatorAccount)
 	if err != nil {
 		return Spec{}, err
 	}
@@ -91,14 +99,14 @@ func Agent(ctx context.Context, control *cluster.Cluster, node string) (Spec, er
 	if err != nil {
 		return Spec{}, err
 	}
-	daemonSet, err := client.AppsV1().DaemonSets(SystemNamespace).Get(ctx, agentName, metav1.GetOptions{})
+	daemonSet, err := client.AppsV1().DaemonSets(SystemNamespace).Get(ctx, AgentAccount, metav1.GetOptions{})
 	if err != nil {
 		return Spec{}, fmt.Errorf("read the agents' DaemonSet: %w", err)
 	}
 	if err := control.Node(ctx, node); err != nil {
 		return Spec{}, err
 	}
-	token, err := control.NodeToken(ctx, SystemNamespace, agentName, node)
+	token, err := control.NodeToken(ctx, SystemNamespace, AgentAccount, node)
 	if err != nil {
 		return Spec{}, err
 	}

@@ -36,7 +36,9 @@ type Spec struct {
 // Process is an imps-node that runs, or has ended.
 type Process struct {
 	Name string
-	log  string // path
+	// LogFile is the path of its log.
+	LogFile string
+
 	cmd  *exec.Cmd
 	done chan struct{} // closed when it has ended
 }
@@ -48,8 +50,8 @@ func Start(ctx context.Context, control *cluster.Cluster, binary, dir string, sp
 	if err := control.WriteKubeconfig(kubeconfig, spec.Config); err != nil {
 		return nil, err
 	}
-	p := &Process{Name: spec.Name, log: filepath.Join(dir, spec.Name+".log"), done: make(chan struct{})}
-	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	p := &Process{Name: spec.Name, LogFile: filepath.Join(dir, spec.Name+".log"), done: make(chan struct{})}
+	log, err := os.OpenFile(p.LogFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open the log of %s: %w", spec.Name, err)
 	}
@@ -129,7 +131,7 @@ func (p *Process) Metrics(ctx context.Context) (string, error) {
 
 // Log returns what it has logged.
 func (p *Process) Log() string {
-	text, err := os.ReadFile(p.log)
+	text, err := os.ReadFile(p.LogFile)
 	if err != nil {
 		return err.Error()
 	}
@@ -169,15 +171,23 @@ func (p *Process) Usage() (Usage, error) {
 	return u, nil
 }
 
+// Logged returns the last value that it logged for a key, empty where there is none yet.
+func (p *Process) Logged(key string) string {
+	matches := regexp.MustCompile(`\b`+key+`=(\S+)`).FindAllStringSubmatch(p.Log(), -1)
+	if len(matches) == 0 {
+		return ""
+	}
+	return matches[len(matches)-1][1] // of its last start
+}
+
 // get asks one of its servers, whose address stands in its log.
 func (p *Process) get(ctx context.Context, addressKey, path string) (string, error) {
-	matches := regexp.MustCompile(`\b`+addressKey+`=(\S+)`).FindAllStringSubmatch(p.Log(), -1)
-	if len(matches) == 0 {
+	address := p.Logged(addressKey)
+	if address == "" {
 		return "", fmt.Errorf("its log has no %s", addressKey)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	address := matches[len(matches)-1][1] // of its last start
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+path, nil)
 	if err != nil {
 		return "", err
