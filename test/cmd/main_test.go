@@ -25,11 +25,13 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/imps-node/imps/test/cluster/cluster"
+	"github.com/imps-node/imps/test/imps"
 )
 
 const (
-	systemNamespace = "imps-system"
-	sourceNamespace = "registry-access"
+	systemNamespace = imps.SystemNamespace
+	sourceNamespace = imps.SourceNamespace
+	root            = "../.."
 	testVersion     = "v0.0.0-test"
 
 	// patience bounds every wait; what is waited for takes a moment.
@@ -61,50 +63,16 @@ func runTests(ctx context.Context, m *testing.M) (code int, err error) {
 		return 1, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	binary = filepath.Join(dir, "imps-node")
-	if _, err := output(ctx, "go", "build", "-ldflags", "-X main.version="+testVersion, "-o", binary, "../../cmd/imps-node"); err != nil {
+	if binary, err = imps.Build(ctx, root, dir, "-ldflags", "-X main.version="+testVersion); err != nil {
 		return 1, err
 	}
 	if control, err = cluster.Run(ctx); err != nil {
 		return 1, err
 	}
-	if err = install(ctx); err == nil {
+	if err = imps.Install(ctx, root, control); err == nil {
 		code = m.Run()
 	}
 	return code, errors.Join(err, control.Stop(), goleak.Find())
-}
-
-// install applies the CRD, and what the chart renders.
-func install(ctx context.Context) error {
-	crds, err := os.ReadFile("../../deploy/daemonset/crds/images.banzaicloud.io_imagepullsecrets.yaml")
-	if err != nil {
-		return err
-	}
-	if err := control.Apply(ctx, crds); err != nil {
-		return err
-	}
-	helm, err := output(ctx, "../../hack/tool", "helm")
-	if err != nil {
-		return err
-	}
-	manifests, err := output(ctx, strings.TrimSpace(string(helm)), "template", "imps-node", "../../deploy/daemonset",
-		"--namespace", systemNamespace, "--set", "createNamespaces.release=true,createNamespaces.sources=true")
-	if err != nil {
-		return err
-	}
-	return control.Apply(ctx, manifests)
-}
-
-// output runs a program, and returns what it printed.
-func output(ctx context.Context, name string, args ...string) ([]byte, error) {
-	command := exec.CommandContext(ctx, name, args...)
-	var stderr bytes.Buffer
-	command.Stderr = &stderr
-	out, err := command.Output()
-	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, stderr.String())
-	}
-	return out, nil
 }
 
 // kubeconfig writes a file that connects as config does.

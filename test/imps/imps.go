@@ -40,10 +40,14 @@ func Root(ctx context.Context) (string, error) {
 
 // Build builds imps-node into a folder, with more arguments for go build ("-race", say),
 // and returns the binary's path.
+// root is the folder of the repository.
 func Build(ctx context.Context, root, dir string, args ...string) (string, error) {
-	path := filepath.Join(dir, "imps-node")
+	path, err := filepath.Abs(filepath.Join(dir, "imps-node"))
+	if err != nil {
+		return "", err
+	}
 	args = append([]string{"-C", root, "build", "-buildvcs=false", "-o", path}, args...)
-	_, err := output(ctx, "go", append(args, "./cmd/imps-node")...)
+	_, err = output(ctx, "go", append(args, "./cmd/imps-node")...)
 	return path, err
 }
 
