@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 
 	"github.com/go-logr/logr"
@@ -170,7 +171,7 @@ func (m *Mirror[T]) replace(objects []any) error {
 	}
 	m.mu.Lock()
 	was := m.items
-	m.items = items
+	m.items = maps.Clone(items) // what is told below is walked without the lock
 	first := !m.ready
 	m.ready = true
 	m.mu.Unlock()

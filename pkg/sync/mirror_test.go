@@ -351,6 +351,46 @@ func TestPutIsKnownAtOnceAndToldToNobody(t *testing.T) {
 	})
 }
 
+// A write is answered whenever it is, also while a list is being told.
+func TestPutAndAListAtTheSameTime(t *testing.T) {
+	t.Parallel()
+	var things []*corev1.ConfigMap
+	for i := range 50 {
+		things = append(things, thing(strconv.Itoa(i), 1))
+	}
+	var m *Mirror[string]
+	begin, stop := make(chan struct{}), make(chan struct{})
+	m = NewMirror(MirrorConfig[string]{
+		Name: "things", ListWatch: newMemory(false, things...), Example: &corev1.ConfigMap{}, Log: slog.New(slog.DiscardHandler),
+		Convert: func(o runtime.Object) string { return o.(*corev1.ConfigMap).Name },
+		OnChange: func(types.NamespacedName, *string, *string) {
+			select {
+			case <-begin:
+			default:
+				close(begin)
+			}
+		},
+	})
+	var running sync.WaitGroup
+	defer running.Wait()
+	running.Go(func() {
+		<-begin
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+				m.Put(thingKey("put-"+strconv.Itoa(i%100)), "x")
+			}
+		}
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	running.Go(func() { m.Run(ctx) })
+	<-m.Synced()
+	close(stop)
+}
+
 func TestALateDeletionOfAnEarlierIncarnationIsIgnored(t *testing.T) {
 	t.Parallel()
 	both(t, func(t *testing.T, streams bool) {
