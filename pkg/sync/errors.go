@@ -20,7 +20,8 @@ const (
 	ClassRetry ErrorClass = iota
 	// ClassConflict: somebody else was faster; read again and decide anew, at once.
 	ClassConflict
-	// ClassWait: refused for now (rights, policy, quota); look again after RecheckInterval.
+	// ClassWait: refused for now (rights, policy, quota); look again ever more seldom, in
+	// the end every RecheckInterval.
 	ClassWait
 	// ClassTerminal: refused for what it is; nothing changes until the input does. Looked
 	// at again after RecheckInterval all the same, since the server's rules may change.
@@ -34,8 +35,14 @@ func (c ErrorClass) String() string {
 	return [...]string{"retry", "conflict", "refused", "invalid", "gone"}[c]
 }
 
-// RecheckInterval is how long what is refused rests, when nothing else brings it back.
-const RecheckInterval = 10 * time.Minute
+const (
+	// RecheckInterval is how long what is refused rests in the end, when nothing else
+	// brings it back.
+	RecheckInterval = 10 * time.Minute
+	// RecheckSoonest is how long it rests at first: an API server that has just started
+	// refuses what it has not read the rules for yet.
+	RecheckSoonest = time.Second
+)
 
 // ClassifyError sorts an error of a write to the API server.
 func ClassifyError(err error) ErrorClass {

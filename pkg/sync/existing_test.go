@@ -492,25 +492,3 @@ func TestAdoptionRefusesManagedFieldsThatItCannotRead(t *testing.T) {
 	require.ErrorContains(t, err, "other")
 	requireSilent(t, err.Error())
 }
-
-func TestCoOwnedIsDataOfAnotherManager(t *testing.T) {
-	t.Parallel()
-	data := fieldsOf(t, fieldpath.MakePathOrDie("data", corev1.DockerConfigJsonKey))
-	for name, test := range map[string]struct {
-		entries []metav1.ManagedFieldsEntry
-		want    bool
-	}{
-		"no entries":                       {nil, false},
-		"ours alone":                       {[]metav1.ManagedFieldsEntry{ourEntry(data)}, false},
-		"another's apply beside ours":      {[]metav1.ManagedFieldsEntry{ourEntry(data), entry("kubectl", metav1.ManagedFieldsOperationApply, data)}, true},
-		"another's update before ours":     {[]metav1.ManagedFieldsEntry{entry("kubectl-create", metav1.ManagedFieldsOperationUpdate, data), ourEntry(data)}, true},
-		"a client of our name, but update": {[]metav1.ManagedFieldsEntry{entry(FieldManager, metav1.ManagedFieldsOperationUpdate, data), ourEntry(data)}, true},
-		"another's labels":                 {[]metav1.ManagedFieldsEntry{ourEntry(data), entry("kubectl-label", metav1.ManagedFieldsOperationUpdate, kubectlFields)}, false},
-		"another key of data":              {[]metav1.ManagedFieldsEntry{ourEntry(data), entry("x", metav1.ManagedFieldsOperationUpdate, `{"f:data":{"f:other":{}}}`)}, false},
-		"an entry without fields":          {[]metav1.ManagedFieldsEntry{entry("x", metav1.ManagedFieldsOperationUpdate, "")}, false},
-		"an entry that is no JSON":         {[]metav1.ManagedFieldsEntry{entry("x", metav1.ManagedFieldsOperationUpdate, "{")}, false},
-	} {
-		m := &metav1.PartialObjectMetadata{ObjectMeta: metav1.ObjectMeta{ManagedFields: test.entries}}
-		require.Equal(t, test.want, coOwned(m), name)
-	}
-}

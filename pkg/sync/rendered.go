@@ -176,8 +176,8 @@ type Target struct {
 	body     dockerconfig.Sensitive
 }
 
-// bodyHead is how every body starts, so that a resourceVersion can be put in front of
-// the other metadata.
+// bodyHead is how every body starts, so that preconditions can be put in front of the
+// other metadata.
 const bodyHead = `{"apiVersion":"v1","kind":"Secret","metadata":{`
 
 // targetBody is an apply request. Its fields stand in the order that bodyHead wants.
@@ -322,14 +322,17 @@ func (t Target) WithOwners(owners []ResourceRef) (Target, error) {
 	return newTarget(t.revision, body)
 }
 
-// Body returns the apply request. A resourceVersion that is not empty makes the request
-// fail where the Secret is at another one, or not there.
-func (t Target) Body(resourceVersion string) []byte {
+// Body returns the apply request. A resourceVersion makes it a conflict where the Secret is
+// at another one, a UID where it is another Secret or not there; each unless it is empty.
+func (t Target) Body(uid types.UID, resourceVersion string) []byte {
 	body := t.body.Reveal()
-	if resourceVersion == "" {
-		return []byte(body)
+	precondition := ""
+	if uid != "" {
+		precondition += `"uid":` + strconv.Quote(string(uid)) + `,`
 	}
-	precondition := `"resourceVersion":` + strconv.Quote(resourceVersion) + `,`
+	if resourceVersion != "" {
+		precondition += `"resourceVersion":` + strconv.Quote(resourceVersion) + `,`
+	}
 	out := make([]byte, 0, len(body)+len(precondition))
 	out = append(out, bodyHead...)
 	out = append(out, precondition...)

@@ -155,7 +155,7 @@ func TestTargetIsThePullSecretThatTheResourceAsksFor(t *testing.T) {
 		},
 		Type: corev1.SecretTypeDockerConfigJson,
 		Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(config)},
-	}, secret(t, target.Body("")))
+	}, secret(t, target.Body("", "")))
 }
 
 func TestReservedLabelAndAnnotationsWinOverTheSpecs(t *testing.T) {
@@ -166,7 +166,7 @@ func TestReservedLabelAndAnnotationsWinOverTheSpecs(t *testing.T) {
 		Annotations: map[string]string{AnnotationRevision: "other.99", AnnotationLegacyApplied: canary, "a": "2"},
 	}
 	was := fmt.Sprintf("%#v", spec)
-	body := mustTarget(t, refA(), spec, 7).Body("")
+	body := mustTarget(t, refA(), spec, 7).Body("", "")
 	s := secret(t, body)
 	require.Equal(t, map[string]string{LabelOwnerUID: string(uidA), "l": "1"}, s.Labels)
 	require.Equal(t, map[string]string{AnnotationRevision: string(uidA) + ".7", "a": "2"}, s.Annotations)
@@ -176,27 +176,29 @@ func TestReservedLabelAndAnnotationsWinOverTheSpecs(t *testing.T) {
 
 func TestATargetWithoutLabelsAndAnnotationsHasTheReservedOnes(t *testing.T) {
 	t.Parallel()
-	s := secret(t, mustTarget(t, refA(), v1alpha1.TargetSecretSpec{Name: "pull"}, 1).Body(""))
+	s := secret(t, mustTarget(t, refA(), v1alpha1.TargetSecretSpec{Name: "pull"}, 1).Body("", ""))
 	require.Equal(t, map[string]string{LabelOwnerUID: string(uidA)}, s.Labels)
 	require.Equal(t, map[string]string{AnnotationRevision: string(uidA) + ".1"}, s.Annotations)
 }
 
-func TestBodyWithAResourceVersionDiffersInThatOnly(t *testing.T) {
+func TestBodyWithPreconditionsDiffersInThemOnly(t *testing.T) {
 	t.Parallel()
 	target := mustTarget(t, refA(), pullSecret(), 7)
-	without := target.Body("")
-	with := target.Body("12345")
+	without := target.Body("", "")
+	with := target.Body("u-1", "12345")
 	conditional := secret(t, with)
 	require.Equal(t, "12345", conditional.ResourceVersion)
-	conditional.ResourceVersion = ""
+	require.Equal(t, types.UID("u-1"), conditional.UID)
+	conditional.ResourceVersion, conditional.UID = "", ""
 	require.Equal(t, secret(t, without), conditional)
-	require.Equal(t, string(without), strings.Replace(string(with), `"resourceVersion":"12345",`, "", 1))
+	require.Equal(t, string(without), strings.Replace(string(with), `"uid":"u-1","resourceVersion":"12345",`, "", 1))
 
+	require.NotContains(t, string(target.Body("", "5")), `"uid":"",`)
 	for i := range without {
 		without[i] = 'x'
 	}
-	require.Equal(t, string(with), string(target.Body("12345")), "who gets a body may write to it")
-	require.NotEqual(t, string(without), string(target.Body("")))
+	require.Equal(t, string(with), string(target.Body("u-1", "12345")), "who gets a body may write to it")
+	require.NotEqual(t, string(without), string(target.Body("", "")))
 }
 
 func TestSameContent(t *testing.T) {
@@ -258,15 +260,15 @@ func TestWithOwners(t *testing.T) {
 	require.Equal(t, target.Revision(), both.Revision())
 	require.Equal(t, target.Name(), both.Name())
 
-	want := secret(t, target.Body(""))
+	want := secret(t, target.Body("", ""))
 	want.OwnerReferences = []metav1.OwnerReference{refB().OwnerReference(), refA().OwnerReference()}
-	require.Equal(t, want, secret(t, both.Body("")))
+	require.Equal(t, want, secret(t, both.Body("", "")))
 	require.Equal(t, []types.UID{uidA}, target.Owners(), "the target itself is as it was")
 
 	back, err := both.WithOwners([]ResourceRef{refA()})
 	require.NoError(t, err)
 	require.True(t, back.SameContent(target))
-	parsed, err := parseTarget(both.Body(""))
+	parsed, err := parseTarget(both.Body("", ""))
 	require.NoError(t, err)
 	require.Equal(t, both.Owners(), parsed.Owners())
 
@@ -305,7 +307,7 @@ func TestRenderedIsEncodedAndDecoded(t *testing.T) {
 	require.Equal(t, r.Resource.Name, got.Resource.Name)
 	require.Equal(t, r.Resource.UID, got.Resource.UID)
 	require.True(t, r.SameSelectors(got))
-	require.Equal(t, string(r.Target.Body("")), string(got.Target.Body("")))
+	require.Equal(t, string(r.Target.Body("", "")), string(got.Target.Body("", "")))
 	require.Equal(t, r.Target.Name(), got.Target.Name())
 	require.Equal(t, r.Target.Revision(), got.Target.Revision())
 	require.Equal(t, r.Target.Owners(), got.Target.Owners())
@@ -479,8 +481,8 @@ func FuzzDecodeRendered(f *testing.F) {
 	require.NoError(f, err)
 	data, err := EncodeRendered(Rendered{FormatVersion: 1, Resource: ref, Target: target})
 	require.NoError(f, err)
-	seed(string(data["rendered"]), string(target.Body("")))
-	seed(`{"resource":{"name":"a","uid":"u","creationTimestamp":null},"namespaces":{"names":["`+canary+`"],"labels":[{}]},"namespacesWithPods":{"annotations":[{"matchExpressions":null}]},"x":1}`, string(target.Body("")))
+	seed(string(data["rendered"]), string(target.Body("", "")))
+	seed(`{"resource":{"name":"a","uid":"u","creationTimestamp":null},"namespaces":{"names":["`+canary+`"],"labels":[{}]},"namespacesWithPods":{"annotations":[{"matchExpressions":null}]},"x":1}`, string(target.Body("", "")))
 	seed(`{"resource":{"uid":"u"}}`, `{"apiVersion":"v1","kind":"Secret","metadata":{"name":"n","labels":{"images.banzaicloud.io/owner-uid":"u"},"annotations":{"images.banzaicloud.io/revision":"u.1"},"ownerReferences":null},"type":"kubernetes.io/dockerconfigjson","data":null}`)
 	seed(`{"resource":{"uid":"u"}}`, `{"apiVersion":"v1","kind":"Secret","metadata":{"name":"`+canary+`","annotations":{"images.banzaicloud.io/revision":"`+canary+`"}},"type":"kubernetes.io/dockerconfigjson"}`)
 	seed(``, ``)
@@ -497,8 +499,8 @@ func FuzzDecodeRendered(f *testing.F) {
 		requireSilent(t, fmt.Sprintf("%v %+v %#v", r.Target, r.Target, r.Target))
 		require.NotEmpty(t, r.Target.Name())
 		require.Equal(t, r.Resource.UID, r.Target.Revision().UID)
-		require.True(t, json.Valid(r.Target.Body("1")))
-		require.True(t, bytes.HasPrefix(r.Target.Body(""), []byte(bodyHead)))
+		require.True(t, json.Valid(r.Target.Body("u", "1")))
+		require.True(t, bytes.HasPrefix(r.Target.Body("", ""), []byte(bodyHead)))
 		if year := r.Resource.CreationTimestamp.UTC().Year(); year < 1 || year > 9999 {
 			return // no API server writes that, and RFC 3339 cannot
 		}
@@ -546,5 +548,5 @@ func TestNeitherTargetNorRenderedPrintsCredentials(t *testing.T) {
 		}
 	}
 	// The sample would show it.
-	require.Contains(t, string(r.Target.Body("")), base64.StdEncoding.EncodeToString([]byte(config)))
+	require.Contains(t, string(r.Target.Body("", "")), base64.StdEncoding.EncodeToString([]byte(config)))
 }

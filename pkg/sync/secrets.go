@@ -2,6 +2,7 @@ package sync
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/http"
 
@@ -9,11 +10,11 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
-	"sigs.k8s.io/structured-merge-diff/v6/fieldpath"
 )
 
 // Secrets reads and writes target Secrets. It asks for metadata only, so that no answer
@@ -44,59 +45,21 @@ func (s *Secrets) Get(ctx context.Context, namespace, name string) (*metav1.Part
 	return s.metadata.Resource(SecretResource).Namespace(namespace).Get(ctx, name, metav1.GetOptions{})
 }
 
-// Create applies a target where nothing is. Where the server says that something was
-// there after all, created is false, and the caller judges it anew; a foreign Secret is
-// then as it was before.
-func (s *Secrets) Create(ctx context.Context, namespace string, target Target) (m *metav1.PartialObjectMetadata, created bool, err error) {
-	m, status, err := s.apply(ctx, namespace, target.Name(), target.Body(""), false)
-	if err != nil {
-		return nil, false, err
-	}
-	if status == http.StatusCreated {
-		return m, true, nil
-	}
-	if !coOwned(m) {
-		return m, false, nil
-	}
-	// A Secret with the very same data came in between: the apply was no conflict, and
-	// has put our label and owner reference on somebody else's Secret. An apply of
-	// nothing gives up what is ours alone.
-	for {
-		body := fmt.Sprintf(`{"apiVersion":"v1","kind":"Secret","metadata":{"name":%q,"resourceVersion":%q}}`, target.Name(), m.ResourceVersion)
-		released, _, err := s.apply(ctx, namespace, target.Name(), []byte(body), false)
-		if err == nil {
-			return released, false, nil
-		}
-		if apierrors.IsConflict(err) {
-			m, err = s.Get(ctx, namespace, target.Name())
-		}
-		if err != nil {
-			return nil, false, fmt.Errorf("take our marks off a foreign Secret: %w", err)
-		}
-	}
+// Absent is a resourceVersion that no object has. An apply at it creates where nothing is,
+// and is a conflict where anything is. Without it an apply would make us a co-owner of a
+// foreign Secret with the same data, and one that comes late would bring old content back.
+const Absent = "1"
+
+// Create applies a target where nothing is; where something is, the server answers with a
+// conflict.
+func (s *Secrets) Create(ctx context.Context, namespace string, target Target) (*metav1.PartialObjectMetadata, error) {
+	return s.apply(ctx, namespace, target.Name(), target.Body("", Absent), false)
 }
 
-// coOwned reports whether another manager than ours owns the data.
-func coOwned(m *metav1.PartialObjectMetadata) bool {
-	data := fieldpath.MakePathOrDie("data", corev1.DockerConfigJsonKey)
-	for i := range m.ManagedFields {
-		entry := &m.ManagedFields[i]
-		if isOurEntry(entry) || entry.FieldsV1 == nil {
-			continue
-		}
-		set := &fieldpath.Set{}
-		if set.FromJSON(entry.FieldsV1.GetRawReader()) == nil && set.Has(data) {
-			return true
-		}
-	}
-	return false
-}
-
-// Update applies a target over the Secret at this resourceVersion; at another one, or
-// where there is none, the server answers with a conflict.
-func (s *Secrets) Update(ctx context.Context, namespace string, target Target, resourceVersion string) (*metav1.PartialObjectMetadata, error) {
-	m, _, err := s.apply(ctx, namespace, target.Name(), target.Body(resourceVersion), true)
-	return m, err
+// Update applies a target over a Secret as it was read. If there is another one by now, or
+// another state of it, or none, the server answers with a conflict.
+func (s *Secrets) Update(ctx context.Context, namespace string, target Target, existing Existing) (*metav1.PartialObjectMetadata, error) {
+	return s.apply(ctx, namespace, target.Name(), target.Body(existing.UID, existing.ResourceVersion), true)
 }
 
 // Adopt makes a Legacy or Restored Secret ours; see AdoptionPatch.
@@ -105,15 +68,20 @@ func (s *Secrets) Adopt(ctx context.Context, m *metav1.PartialObjectMetadata) (*
 	if err != nil {
 		return nil, err
 	}
-	return s.metadata.Resource(SecretResource).Namespace(m.Namespace).
-		Patch(ctx, m.Name, types.JSONPatchType, patch, metav1.PatchOptions{FieldManager: FieldManager})
+	return send(ctx, s.patch(types.JSONPatchType, m.Namespace, m.Name).Body(patch))
 }
 
 // Delete deletes exactly the Secret with this UID at this resourceVersion.
 func (s *Secrets) Delete(ctx context.Context, namespace, name string, uid types.UID, resourceVersion string) error {
-	return s.metadata.Resource(SecretResource).Namespace(namespace).Delete(ctx, name, metav1.DeleteOptions{
+	options, err := json.Marshal(metav1.DeleteOptions{
+		TypeMeta:      metav1.TypeMeta{APIVersion: "v1", Kind: "DeleteOptions"},
 		Preconditions: &metav1.Preconditions{UID: &uid, ResourceVersion: &resourceVersion},
 	})
+	if err != nil {
+		return fmt.Errorf("encode the preconditions of a delete: %w", err)
+	}
+	return s.rest.Delete().Namespace(namespace).Resource(SecretResource.Resource).Name(name).
+		SetHeader("Content-Type", runtime.ContentTypeJSON).MaxRetries(0).Body(options).Do(ctx).Error()
 }
 
 // ListWatch lists and watches the Secrets of one name in all namespaces, which is what
@@ -122,21 +90,28 @@ func (s *Secrets) ListWatch(name string) cache.ListerWatcher {
 	return MetadataListWatch(s.metadata, SecretResource, fields.OneTermEqualSelector(metav1.ObjectNameField, name).String())
 }
 
-func (s *Secrets) apply(ctx context.Context, namespace, name string, body []byte, force bool) (*metav1.PartialObjectMetadata, int, error) {
-	var status int
-	result := s.rest.Patch(types.ApplyPatchType).
-		Namespace(namespace).Resource(SecretResource.Resource).Name(name).
+func (s *Secrets) apply(ctx context.Context, namespace, name string, body []byte, force bool) (*metav1.PartialObjectMetadata, error) {
+	return send(ctx, s.patch(types.ApplyPatchType, namespace, name).Param("force", fmt.Sprint(force)).Body(body))
+}
+
+// patch begins a patch of a Secret. Like every write here it is tried once: client-go would
+// heed a Retry-After within the time that one call may take, and forget it after that. The
+// queues keep it.
+func (s *Secrets) patch(patchType types.PatchType, namespace, name string) *rest.Request {
+	return s.rest.Patch(patchType).Namespace(namespace).Resource(SecretResource.Resource).Name(name).
 		Param("fieldManager", FieldManager).
-		Param("force", fmt.Sprint(force)).
 		SetHeader("Accept", "application/vnd.kubernetes.protobuf;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1").
-		Body(body).Do(ctx).StatusCode(&status)
-	object, err := result.Get()
+		MaxRetries(0)
+}
+
+func send(ctx context.Context, request *rest.Request) (*metav1.PartialObjectMetadata, error) {
+	object, err := request.Do(ctx).Get()
 	if err != nil {
-		return nil, status, err
+		return nil, err
 	}
 	m, ok := object.(*metav1.PartialObjectMetadata)
 	if !ok {
-		return nil, status, apierrors.NewInternalError(fmt.Errorf("the API server answered an apply with %T, not with metadata", object))
+		return nil, apierrors.NewInternalError(fmt.Errorf("the API server answered a patch with %T, not with metadata", object))
 	}
-	return m, status, nil
+	return m, nil
 }

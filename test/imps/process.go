@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/imps-node/imps/test/cluster/cluster"
 )
@@ -29,7 +30,8 @@ type Spec struct {
 	Name string
 	// Args and Env are the container's.
 	Args, Env []string
-	// Config is how it reaches the API server.
+	// Config is how it reaches the API server. Where it has a BearerTokenFile, the token is
+	// read from there.
 	Config *rest.Config
 }
 
@@ -49,6 +51,11 @@ func Start(ctx context.Context, control *cluster.Cluster, binary, dir string, sp
 	kubeconfig := filepath.Join(dir, spec.Name+".kubeconfig")
 	if err := control.WriteKubeconfig(kubeconfig, spec.Config); err != nil {
 		return nil, err
+	}
+	if file := spec.Config.BearerTokenFile; file != "" {
+		if err := useTokenFile(kubeconfig, file); err != nil {
+			return nil, fmt.Errorf("write kubeconfig %s: %w", kubeconfig, err)
+		}
 	}
 	p := &Process{Name: spec.Name, LogFile: filepath.Join(dir, spec.Name+".log"), done: make(chan struct{})}
 	log, err := os.OpenFile(p.LogFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -72,6 +79,18 @@ func Start(ctx context.Context, control *cluster.Cluster, binary, dir string, sp
 		_ = p.cmd.Wait() // ProcessState tells all of it
 	}()
 	return p, nil
+}
+
+// useTokenFile has a kubeconfig name a file in place of its tokens.
+func useTokenFile(kubeconfig, file string) error {
+	config, err := clientcmd.LoadFromFile(kubeconfig)
+	if err != nil {
+		return err
+	}
+	for _, user := range config.AuthInfos {
+		user.Token, user.TokenFile = "", file
+	}
+	return clientcmd.WriteToFile(*config, kubeconfig)
 }
 
 // Signal sends a signal: SIGKILL for a crash, SIGSTOP and SIGCONT for a process that is

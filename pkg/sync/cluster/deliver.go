@@ -264,6 +264,9 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 	if len(claimants) == 0 {
 		return t.decidePrune(existing, exists, key)
 	}
+	if owner := t.claims[existing.OwnerUID]; exists && owner != nil && owner.undecided() {
+		return decision{} // it stays its own; looked at again once that is known
+	}
 	winner := claimants[0]
 	for _, loser := range claimants[1:] {
 		t.note(loser, key.namespace, &outcome{kind: conflicted, message: fmt.Sprintf("the older ImagePullSecret %s claims the same Secret", winner.ref.Name)})
@@ -522,20 +525,20 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 	switch d.verb {
 	case leave:
 	case create:
-		m, created, err := t.secrets.Create(ctx, key.namespace, d.target)
+		m, err := t.secrets.Create(ctx, key.namespace, d.target)
 		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
 		if err != nil {
 			return err
 		}
 		t.know(key, m)
-		if !created || len(d.owners) > 1 {
+		if len(d.owners) > 1 {
 			return errAgain
 		}
 	case update:
 		if err := t.confirmOwners(ctx, d); err != nil {
 			return err
 		}
-		m, err := t.secrets.Update(ctx, key.namespace, d.target, d.existing.ResourceVersion)
+		m, err := t.secrets.Update(ctx, key.namespace, d.target, d.existing)
 		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
 		if err != nil {
 			return err

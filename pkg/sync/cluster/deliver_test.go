@@ -425,7 +425,7 @@ func TestOfTwoResourcesThatClaimOneTargetTheOlderWins(t *testing.T) {
 				d := s.decides()
 				require.Equal(t, create, d.verb)
 				require.Same(t, winner, d.winner)
-				require.Equal(t, winner.rendered.Target.Body(""), d.target.Body(""), "created as a node would create it")
+				require.Equal(t, winner.rendered.Target.Body("", ""), d.target.Body("", ""), "created as a node would create it")
 				require.Equal(t, []impsync.ResourceRef{winner.ref, loser.ref}, d.owners)
 				require.Equal(t, map[string]string{winner.ref.Name + " in n": "pending at 0", loser.ref.Name + " in n": "conflicted at 0"}, s.outcomes())
 				require.Contains(t, loser.outcomes["n"].message, "the older ImagePullSecret "+winner.ref.Name+" claims the same Secret")
@@ -463,6 +463,24 @@ func TestWhereOnlyTheYoungerSelectsItGetsTheSecret(t *testing.T) {
 		require.Equal(t, update, d.verb)
 		require.Same(t, younger, d.winner)
 		require.Equal(t, map[string]string{"b in n": "pending at 0"}, s.outcomes())
+	})
+}
+
+func TestWhatAResourceDeliveredStaysItsUntilItIsKnownWhatItWantsNow(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := resource(t, "a", 0, byName)
+		s.there(s.claimOf(t, r, 7))
+		s.claimOf(t, resource(t, "b", 1, byName), 3)
+		// A new term, and its rendered Secret is gone.
+		older := newClaim(r, impsync.Rendered{})
+		s.putClaim(older)
+		require.Equal(t, leave, s.decides().verb, "it is not handed to the younger")
+		older.unread, older.failure = false, errors.New("x")
+		require.Equal(t, leave, s.decides().verb, "nor while it cannot be rendered")
+		older.failure = nil // it has nothing to deliver
+		d := s.decides()
+		require.Equal(t, update, d.verb)
+		require.Equal(t, "b", d.winner.ref.Name)
 	})
 }
 

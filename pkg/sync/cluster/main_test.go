@@ -185,7 +185,7 @@ func (t *term) claimOf(tt *testing.T, r *v1alpha1.ImagePullSecret, counter uint6
 func applied(t *testing.T, namespace string, target impsync.Target) *metav1.PartialObjectMetadata {
 	t.Helper()
 	var s corev1.Secret
-	require.NoError(t, json.Unmarshal(target.Body(""), &s))
+	require.NoError(t, json.Unmarshal(target.Body("", ""), &s))
 	fields := fieldpath.NewSet(fieldpath.MakePathOrDie("type"), fieldpath.MakePathOrDie("data", corev1.DockerConfigJsonKey))
 	for key := range s.Labels {
 		fields.Insert(fieldpath.MakePathOrDie("metadata", "labels", key))

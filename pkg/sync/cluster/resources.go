@@ -71,6 +71,12 @@ func (c *claim) setRendered(rendered impsync.Rendered, selection *impsync.Select
 	clear(c.repairs)
 }
 
+// undecided reports whether it is not known yet in this term what the resource delivers:
+// its rendered Secret is gone, or cannot be read.
+func (c *claim) undecided() bool {
+	return c.rendered.Target.IsZero() && !c.withdrawn && (c.unread || c.failure != nil)
+}
+
 // putClaim puts a claim in force. The caller holds the lock.
 func (t *term) putClaim(c *claim) {
 	t.claims[c.ref.UID] = c
@@ -184,8 +190,12 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		if failure == nil && c.state == nil {
 			c.state = known
 		}
+		undecided := c.undecided()
 		c.generation, c.sources, c.skipped, c.unread = r.Generation, resolved.sources, skipped, false
 		c.problem, c.failure = problem, failure
+		if undecided && !c.undecided() {
+			t.enqueueTargetsOf(c) // it delivers nothing, and others may claim what it left
+		}
 	})
 	return failure
 }
@@ -228,7 +238,13 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 		return err, nil
 	}
 	if !there || outrun || !next.Target.SameContent(current.Target) {
-		counter = max(counter, known.counter, published.Target.Revision().Counter, minCounter, t.highestCounter(c.ref.UID)) + 1
+		before := counter
+		counter = max(counter, known.counter, published.Target.Revision().Counter, minCounter, t.highestCounter(c.ref.UID))
+		// What is published beyond ours may be just this: our own, whose answer was lost.
+		ours := counter > before && counter == published.Target.Revision().Counter && next.Target.SameContent(published.Target)
+		if !ours {
+			counter++
+		}
 		if next.Target, err = impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config); err != nil {
 			return err, nil
 		}
@@ -309,7 +325,8 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 	}
 	published, there := t.published(c.ref.UID)
 	if !there || !sameRendered(published, next) {
-		written, err := t.writeRendered(ctx, c.ref, data)
+		was, _ := t.rendered.Get(t.renderedKey(c.ref.UID)) // also one that cannot be read
+		written, err := t.writeRendered(ctx, c.ref, data, was.resourceVersion)
 		if err != nil {
 			return nil, err
 		}
@@ -364,9 +381,13 @@ func sameRendered(a, b impsync.Rendered) bool {
 	return a.FormatVersion == b.FormatVersion && a.Target.Revision() == b.Target.Revision() && a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.SameSelectors(b)
 }
 
-// retire ends a resource that is gone or going: its rendered Secret first, so that no
-// agent creates anything for it any more, then its claim.
+// retire ends a resource that is gone or going: its rendered Secret before its claim, so
+// that no agent creates anything for it any more. Its state goes first of all: where we
+// die in between, the next leader learns from the rendered Secret what is left to do.
 func (t *term) retire(ctx context.Context, uid types.UID) error {
+	if err := t.deleteOwn(ctx, t.config.Namespace, impsync.StateName(uid)); err != nil {
+		return err
+	}
 	if _, ok := t.rendered.Get(t.renderedKey(uid)); ok {
 		if err := t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(uid)); err != nil {
 			return err
@@ -396,7 +417,7 @@ func (t *term) retire(ctx context.Context, uid types.UID) error {
 	if !again {
 		t.metrics.forget(c.ref.Name)
 	}
-	return t.deleteOwn(ctx, t.config.Namespace, impsync.StateName(uid))
+	return nil
 }
 
 func (t *term) deleteOwn(ctx context.Context, namespace, name string) error {

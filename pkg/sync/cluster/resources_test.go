@@ -144,6 +144,23 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+func TestWhatAResourceThatHasNothingToDeliverLeftIsLookedAt(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := resource(t, "a", 0, byName)
+		s.there(s.claimOf(t, r, 7))
+		s.claims, s.byTarget = map[types.UID]*claim{}, map[string]map[types.UID]*claim{}
+		c := newClaim(r, impsync.Rendered{}) // a new term, and its rendered Secret is gone
+		c.state = &state{}
+		s.putClaim(c)
+		r.Spec.Registry.Credentials = []v1alpha1.CredentialSource{{Name: "hub", Namespace: "not-allowed"}}
+		require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+		require.True(t, c.rendered.Target.IsZero())
+		require.Equal(t, []string{"n/pull"}, s.queuedTargets())
+		require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+		require.Empty(t, s.queuedTargets(), "once")
+	})
+}
+
 func TestPutClaimMovesAClaimToItsNewName(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		r := resource(t, "a", 0, byName)

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -154,14 +155,28 @@ func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, raw []by
 	return written.ResourceVersion, nil
 }
 
-// writeRendered writes the rendered Secret of a resource.
-func (t *term) writeRendered(ctx context.Context, ref impsync.ResourceRef, data map[string][]byte) (*corev1.Secret, error) {
+// writeRendered writes the rendered Secret of a resource over the one at this
+// resourceVersion, where there is none over none: a leader that was superseded must not
+// bring the one before back.
+func (t *term) writeRendered(ctx context.Context, ref impsync.ResourceRef, data map[string][]byte, resourceVersion string) (*corev1.Secret, error) {
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	name := impsync.RenderedName(ref.UID)
-	written, err := applySecret(ctx, t.core.Secrets(t.config.RenderedNamespace), ownSecret(name, impsync.RenderedType, ref, data))
-	if err != nil {
-		return nil, passing(fmt.Sprintf("write Secret %s/%s", t.config.RenderedNamespace, name), err)
+	rendered := ownSecret(name, impsync.RenderedType, ref, data)
+	rendered.ResourceVersion = cmp.Or(resourceVersion, impsync.Absent)
+	written, err := applySecret(ctx, t.core.Secrets(t.config.RenderedNamespace), rendered)
+	what := fmt.Sprintf("write Secret %s/%s", t.config.RenderedNamespace, name)
+	switch {
+	case apierrors.IsConflict(err):
+		if err := t.holdsLease(ctx); err != nil {
+			return nil, err
+		}
+		if err := t.rereadRendered(ctx, ref.UID); err != nil {
+			return nil, err
+		}
+		return nil, fmt.Errorf("%s: %w", what, err)
+	case err != nil:
+		return nil, passing(what, err)
 	}
 	return written, nil
 }

@@ -289,7 +289,7 @@ func (t *term) writeStatus(ctx context.Context, r *v1alpha1.ImagePullSecret, sta
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	return t.images.Patch(types.JSONPatchType).Resource(v1alpha1.Resource.Resource).Name(r.Name).SubResource("status").
-		Param("fieldManager", impsync.FieldManager).Body(patch).Do(ctx).Error()
+		Param("fieldManager", impsync.FieldManager).MaxRetries(0).Body(patch).Do(ctx).Error() // as in impsync.Secrets
 }
 
 // emit tells of what has changed for better or worse. The same cause is told once, however

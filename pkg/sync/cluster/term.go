@@ -361,6 +361,7 @@ func (t *term) namesInUse(ctx context.Context) ([]string, error) {
 // goes on under work, which outlives it a little. Errors stop here: each is logged once,
 // and its class decides when the item comes back.
 func workersOf[K comparable](work context.Context, t *term, n int, what string, queue workqueue.TypedRateLimitingInterface[K], reconcile func(context.Context, K) error) []func(context.Context) error {
+	refused := workqueue.NewTypedItemExponentialFailureRateLimiter[K](impsync.RecheckSoonest, impsync.RecheckInterval)
 	worker := func(ctx context.Context) error {
 		for {
 			item, shutdown := queue.Get()
@@ -377,11 +378,12 @@ func workersOf[K comparable](work context.Context, t *term, n int, what string, 
 			switch {
 			case err == nil:
 				queue.Forget(item)
+				refused.Forget(item)
 			case errors.Is(err, errSuperseded):
 				t.stop(errSuperseded)
 			case work.Err() == nil:
-				comeBack(queue, item, err)
-				t.logFailure(work, what, fmt.Sprint(item), err)
+				comeBack(queue, refused, item, err)
+				t.logFailure(work, what, fmt.Sprint(item), err, refused.NumRequeues(item) > 1)
 			}
 			queue.Done(item)
 		}
@@ -390,27 +392,32 @@ func workersOf[K comparable](work context.Context, t *term, n int, what string, 
 }
 
 // comeBack puts an item that failed back into its queue, for when the error's class says.
-func comeBack[K comparable](queue workqueue.TypedRateLimitingInterface[K], item K, err error) {
-	delay, suggested := apierrors.SuggestsClientDelay(err)
+// What was refused comes back when refused says.
+func comeBack[K comparable](queue workqueue.TypedRateLimitingInterface[K], refused workqueue.TypedRateLimiter[K], item K, err error) {
+	delay, _ := apierrors.SuggestsClientDelay(err)
 	switch class := impsync.ClassifyError(err); {
 	case class == impsync.ClassGone:
 		queue.Forget(item)
-	case class == impsync.ClassWait || class == impsync.ClassTerminal:
+		refused.Forget(item)
+	case class == impsync.ClassWait:
+		queue.Forget(item)
+		queue.AddAfter(item, refused.When(item))
+	case class == impsync.ClassTerminal:
 		queue.Forget(item)
 		queue.AddAfter(item, impsync.RecheckInterval)
-	case suggested:
+	case delay > 0: // some errors suggest one of zero
 		queue.AddAfter(item, time.Duration(delay)*time.Second)
 	default:
 		queue.AddRateLimited(item)
 	}
 }
 
-func (t *term) logFailure(ctx context.Context, what, item string, err error) {
+func (t *term) logFailure(ctx context.Context, what, item string, err error, again bool) {
 	// What passes is many lines where the API server is away, and the watches tell of that
 	// in one. The status tells of what does not pass.
 	level := slog.LevelDebug
 	class := impsync.ClassifyError(err)
-	if class == impsync.ClassWait || class == impsync.ClassTerminal {
+	if class == impsync.ClassWait && !again || class == impsync.ClassTerminal {
 		level = slog.LevelWarn
 	}
 	t.log.Log(ctx, level, "failed, will look at it again", "what", what, "item", item, "class", class.String(), "error", impsync.Explain(err))

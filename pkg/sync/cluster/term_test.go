@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/validation/field"
+	"k8s.io/client-go/util/workqueue"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	impsync "github.com/imps-node/imps/pkg/sync"
@@ -98,15 +99,17 @@ func TestAnItemThatFailedComesBackWhenItsErrorSays(t *testing.T) {
 		"passing":                               {errors.New("connection refused"), [3]time.Duration{100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond}},
 		"a conflict":                            {apierrors.NewConflict(secrets, "x", errors.New("x")), [3]time.Duration{100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond}},
 		"the server is busy, and says how long": {apierrors.NewTooManyRequests("x", 7), [3]time.Duration{7 * time.Second, 7 * time.Second, 7 * time.Second}},
-		"refused":                               {apierrors.NewForbidden(secrets, "x", errors.New("x")), [3]time.Duration{impsync.RecheckInterval, impsync.RecheckInterval, impsync.RecheckInterval}},
+		"the server suggests not to wait":       {apierrors.NewServerTimeout(secrets, "x", 0), [3]time.Duration{100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond}},
+		"refused":                               {apierrors.NewForbidden(secrets, "x", errors.New("x")), [3]time.Duration{time.Second, 2 * time.Second, 4 * time.Second}},
 		"invalid":                               {apierrors.NewInvalid(corev1.SchemeGroupVersion.WithKind("Secret").GroupKind(), "x", nil), [3]time.Duration{impsync.RecheckInterval, impsync.RecheckInterval, impsync.RecheckInterval}},
 		"gone":                                  {apierrors.NewNotFound(secrets, "x"), [3]time.Duration{never, never, never}},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
+				refused := refusals()
 				for _, want := range test.times {
-					comeBack(s.targetQueue, s.key, test.err)
+					comeBack(s.targetQueue, refused, s.key, test.err)
 					if want == never {
 						<-time.After(24 * time.Hour)
 						synctest.Wait()
@@ -128,12 +131,32 @@ func TestAnItemThatFailedComesBackWhenItsErrorSays(t *testing.T) {
 func TestAnItemNeverWaitsLongerThanAMinuteForAnotherTry(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		for range 50 {
-			comeBack(s.targetQueue, s.key, errors.New("x"))
+			comeBack(s.targetQueue, refusals(), s.key, errors.New("x"))
 			<-time.After(time.Minute)
 			synctest.Wait()
 			require.Equal(t, []string{"n/pull"}, s.queuedTargets())
 		}
 	})
+}
+
+func TestWhatIsRefusedIsLookedAtEverMoreSeldom(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		refused, refusal := refusals(), apierrors.NewForbidden(corev1.Resource("secrets"), "x", errors.New("x"))
+		for range 20 {
+			comeBack(s.targetQueue, refused, s.key, refusal)
+			<-time.After(impsync.RecheckInterval)
+			synctest.Wait()
+			require.Equal(t, []string{"n/pull"}, s.queuedTargets())
+		}
+		comeBack(s.targetQueue, refused, s.key, refusal)
+		<-time.After(impsync.RecheckInterval - 1)
+		synctest.Wait()
+		require.Empty(t, s.queuedTargets())
+	})
+}
+
+func refusals() workqueue.TypedRateLimiter[targetKey] {
+	return workqueue.NewTypedItemExponentialFailureRateLimiter[targetKey](impsync.RecheckSoonest, impsync.RecheckInterval)
 }
 
 func TestWorkers(t *testing.T) {

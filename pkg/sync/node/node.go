@@ -70,6 +70,8 @@ type Agent struct {
 	report   *impsync.Mirror[string]
 	// queue holds namespaces with Pods that may wait for a Secret.
 	queue workqueue.TypedRateLimitingInterface[string]
+	// refused is when those come back that the API server refused to write to.
+	refused workqueue.TypedRateLimiter[string]
 	// reportDirty holds a token while the report may need a write.
 	reportDirty chan struct{}
 	ready       chan struct{}
@@ -77,9 +79,9 @@ type Agent struct {
 	mu sync.Mutex
 	// active is the last readable form of every rendered Secret, by its name.
 	active map[string]*selecting
-	// seen is when each Pod was seen first.
+	// seen is when each Pod that waits was seen first.
 	seen map[types.NamespacedName]time.Time
-	// namespaces are those with Pods here.
+	// namespaces are those with Pods here that wait: no other namespace's rules matter.
 	namespaces map[string]*namespace
 	// watchNamespace starts the watch of one namespace. Run sets it.
 	watchNamespace func(name string, ns *namespace)
@@ -105,10 +107,10 @@ type selecting struct {
 	selection *impsync.Selection
 }
 
-// namespace is a namespace with Pods on this node.
+// namespace is a namespace with Pods on this node that wait.
 type namespace struct {
-	pods int
-	stop context.CancelFunc
+	waiting int
+	stop    context.CancelFunc
 	// known is the last metadata that was read; nil before.
 	known *namespaceMeta
 }
@@ -201,6 +203,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.queue = workqueue.NewTypedRateLimitingQueueWithConfig(
 		workqueue.NewTypedItemExponentialFailureRateLimiter[string](50*time.Millisecond, time.Minute),
 		workqueue.TypedRateLimitingQueueConfig[string]{Name: "node-namespaces"})
+	a.refused = workqueue.NewTypedItemExponentialFailureRateLimiter[string](impsync.RecheckSoonest, impsync.RecheckInterval)
 	ctx, cancel := context.WithCancelCause(ctx)
 	work, stop := impsync.WithGrace(ctx)
 	defer stop()
@@ -292,30 +295,30 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	ns := a.namespaces[key.Namespace]
+	waited, waits := old != nil && old.waiting, current != nil && current.waiting
 	switch {
-	case old == nil:
+	case waits && !waited:
 		if ns == nil {
 			ns = &namespace{}
 			a.namespaces[key.Namespace] = ns
 			a.watchNamespace(key.Namespace, ns)
 		}
-		ns.pods++
+		ns.waiting++
 		a.seen[key] = time.Now()
-	case current == nil:
+	case waited && !waits:
 		delete(a.seen, key)
-		if ns.pods--; ns.pods == 0 {
+		if ns.waiting--; ns.waiting == 0 {
 			ns.stop()
 			delete(a.namespaces, key.Namespace)
 		}
 	}
 	relabelled := old == nil || current == nil || !maps.Equal(old.labels, current.labels) || !maps.Equal(old.annotations, current.annotations)
-	if !relabelled {
-		return
-	}
-	if current != nil && current.waiting {
+	if waits && (relabelled || !waited) {
 		a.queue.Add(key.Namespace)
 	}
-	a.dirty()
+	if relabelled {
+		a.dirty()
+	}
 }
 
 func (a *Agent) renderedChanged(key types.NamespacedName, _, current *renderedSecret) {
@@ -397,6 +400,7 @@ func (a *Agent) next(ctx, work context.Context) bool {
 	switch {
 	case err == nil:
 		a.queue.Forget(name)
+		a.refused.Forget(name)
 		return true
 	case work.Err() != nil:
 		return true
@@ -405,11 +409,15 @@ func (a *Agent) next(ctx, work context.Context) bool {
 	switch class {
 	case impsync.ClassGone:
 		a.queue.Forget(name)
-	case impsync.ClassWait, impsync.ClassTerminal:
+		a.refused.Forget(name)
+	case impsync.ClassWait:
+		a.queue.Forget(name)
+		a.queue.AddAfter(name, a.refused.When(name))
+	case impsync.ClassTerminal:
 		a.queue.Forget(name)
 		a.queue.AddAfter(name, impsync.RecheckInterval)
 	default:
-		if delay, ok := apierrors.SuggestsClientDelay(err); ok {
+		if delay, _ := apierrors.SuggestsClientDelay(err); delay > 0 { // some errors suggest one of zero
 			a.queue.AddAfter(name, time.Duration(delay)*time.Second)
 		} else {
 			a.queue.AddRateLimited(name)
@@ -479,7 +487,7 @@ func (a *Agent) readNamespace(ctx context.Context, name string) (*namespaceMeta,
 	ns := a.namespaces[name]
 	if ns == nil {
 		a.mu.Unlock()
-		return &namespaceMeta{terminating: true}, nil // its last Pod is gone
+		return &namespaceMeta{terminating: true}, nil // no Pod of it waits any more
 	}
 	known := ns.known
 	a.mu.Unlock()
@@ -540,13 +548,13 @@ func (a *Agent) ensure(ctx context.Context, namespace string, s *selecting) (cre
 	name := s.Target.Name()
 	m, err := a.secrets.Get(ctx, namespace, name)
 	if apierrors.IsNotFound(err) {
-		m, created, err = a.secrets.Create(ctx, namespace, s.Target)
+		m, err = a.secrets.Create(ctx, namespace, s.Target)
 		a.config.Metrics.SecretWrite(duty, "create", err)
-		if created {
+		if err == nil {
 			a.log.Debug("created Secret", "namespace", namespace, "secret", name, "revision", s.Target.Revision().String())
 			return true, nil
 		}
-		if err != nil && !apierrors.IsNotFound(err) {
+		if !apierrors.IsNotFound(err) {
 			// Refused, perhaps since it is there by now: then all is well.
 			if now, getErr := a.secrets.Get(ctx, namespace, name); getErr == nil {
 				m, err = now, nil

@@ -159,21 +159,21 @@ func TestOnlyARenderedSecretIsTakenForOne(t *testing.T) {
 	}
 }
 
-func TestANamespaceIsWatchedWhileItHasPodsHere(t *testing.T) {
+func TestANamespaceIsWatchedWhilePodsWaitInIt(t *testing.T) {
 	inBubble(t, func(t *testing.T, a *testAgent) {
 		a.pod("a", "1", &pod{waiting: true})
 		a.pod("a", "2", &pod{waiting: true})
 		a.pod("b", "1", &pod{})
-		require.Equal(t, map[string]bool{"a": true, "b": true}, a.watched)
-		require.Equal(t, []string{"a"}, a.queued(), "nothing waits in b")
+		require.Equal(t, map[string]bool{"a": true}, a.watched, "nothing waits in b")
+		require.Equal(t, []string{"a"}, a.queued())
 		require.True(t, a.isDirty())
 
 		a.pod("a", "1", nil)
 		require.True(t, a.watched["a"])
 		require.True(t, a.isDirty())
 		require.Empty(t, a.queued())
-		a.pod("a", "2", nil)
-		require.Equal(t, map[string]bool{"b": true}, a.watched)
+		a.pod("a", "2", &pod{})
+		require.Empty(t, a.watched, "it has started")
 		require.NotContains(t, a.namespaces, "a")
 		a.pod("a", "3", &pod{waiting: true})
 		require.True(t, a.watched["a"], "and again")
@@ -194,7 +194,7 @@ func TestAPodIsLookedAtWhenItArrivesOrIsRelabelled(t *testing.T) {
 		look(&pod{waiting: true}, false, false, "its status changes: an event storm moves nothing (B9)")
 		look(&pod{waiting: false}, false, false, "it starts")
 		look(&pod{labels: web}, false, true, "it runs and is relabelled: that is demand, but nothing waits")
-		look(&pod{labels: web, waiting: true}, false, false, "its status")
+		look(&pod{labels: web, waiting: true}, true, false, "it waits again")
 		look(&pod{labels: web, annotations: annotated, waiting: true}, true, true, "it waits and is annotated")
 		look(nil, false, true, "it is gone")
 	})
@@ -214,7 +214,7 @@ func TestRenderedSecretsComeIntoForce(t *testing.T) {
 		first := rendered(t, "r", 0, everywhere, 7)
 
 		queued, dirty := see(&renderedSecret{rendered: first})
-		require.Equal(t, []string{"a", "b"}, queued, "it may select any namespace")
+		require.Equal(t, []string{"a"}, queued, "it may select any namespace in which Pods wait")
 		require.True(t, dirty)
 		require.Equal(t, uint64(7), a.active[key.Name].Target.Revision().Counter)
 
@@ -235,11 +235,11 @@ func TestRenderedSecretsComeIntoForce(t *testing.T) {
 		require.NotContains(t, a.log.String(), canary)
 
 		queued, dirty = see(&renderedSecret{rendered: rendered(t, "r", 0, byPods, 10)})
-		require.Equal(t, []string{"a", "b"}, queued, "other selectors")
+		require.Equal(t, []string{"a"}, queued, "other selectors")
 		require.True(t, dirty)
 		require.True(t, a.active[key.Name].selection.HasPodRules())
 		queued, _ = see(&renderedSecret{rendered: rendered(t, "r", 0, `{secret: {name: other}, namespacesWithPods: {labels: [{matchLabels: {app: web}}]}}`, 11)})
-		require.Equal(t, []string{"a", "b"}, queued, "another name")
+		require.Equal(t, []string{"a"}, queued, "another name")
 
 		queued, dirty = see(&renderedSecret{rendered: first, deleting: true})
 		require.Empty(t, queued)
@@ -386,7 +386,7 @@ func TestServe(t *testing.T) {
 		"the namespace is going": {"a", func(a *testAgent) {
 			a.namespaceRead("a", a.namespaces["a"], &namespaceMeta{terminating: true})
 		}, nil},
-		"the namespace has no Pods any more": {"a", func(a *testAgent) { a.pod("a", "1", nil) }, nil},
+		"no Pod of the namespace waits any more": {"a", func(a *testAgent) { a.pod("a", "1", nil) }, nil},
 		"nothing selects it": {"b", func(a *testAgent) {
 			a.pod("b", "1", &pod{waiting: true})
 			a.known("b", nil)

@@ -140,10 +140,13 @@ func (a *Agent) keepDemand(demand map[string][]types.UID, resources map[types.UI
 	if err != nil {
 		return // there was none, or none of ours
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	populated := map[string]bool{}
+	a.pods.Range(func(key types.NamespacedName, _ pod) bool {
+		populated[key.Namespace] = true
+		return true
+	})
 	for namespace, uids := range last.Demand {
-		if a.namespaces[namespace] == nil {
+		if !populated[namespace] {
 			continue
 		}
 		for _, uid := range uids {
