@@ -63,6 +63,10 @@ type system struct {
 	leader  string
 	// kept is a namespace that stays selected, for tables.
 	kept string
+	// proxy stands between the duties and the API server, where a test wants one.
+	proxy *cluster.Proxy
+	// patience is how long eventually waits.
+	patience time.Duration
 }
 
 func newSystem(t *testing.T) *system {
@@ -76,7 +80,7 @@ func newSystemOn(t *testing.T, control *cluster.Cluster) *system {
 	require.NoError(t, err)
 	dyn, err := dynamic.NewForConfig(control.Admin())
 	require.NoError(t, err)
-	s := &system{t: t, control: control, core: core, dynamic: dyn, prefix: cluster.Prefix(t), began: control.Audit().Mark()}
+	s := &system{t: t, control: control, core: core, dynamic: dyn, prefix: cluster.Prefix(t), began: control.Audit().Mark(), patience: within}
 	s.metrics = impsync.NewMetrics(s.newRegistry())
 	t.Cleanup(func() {
 		s.findCanaries()
@@ -250,13 +254,16 @@ func (s *system) nodeToken(nodeName string) string {
 func (s *system) config(token, agent string) *rest.Config {
 	config := s.control.ConfigForToken(token)
 	config.UserAgent = "imps-test/" + agent
+	if s.proxy != nil {
+		return s.proxy.Config(config)
+	}
 	return config
 }
 
 // eventually waits until check returns no error.
 func (s *system) eventually(check func() error, message string, args ...any) {
 	s.t.Helper()
-	deadline := time.Now().Add(within)
+	deadline := time.Now().Add(s.patience)
 	for tick := time.NewTicker(10 * time.Millisecond); ; <-tick.C {
 		err := check()
 		if err == nil {

@@ -1,0 +1,198 @@
+package integration
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+
+	"github.com/imps-node/imps/test/cluster/cluster"
+)
+
+// stall has all watches that match break and, begun anew, bring nothing and not end. No
+// side of a stream notices that: not the pings, which tell only of whole connections.
+func (s *system) stall(watches int, match func(cluster.Request) bool) *cluster.Injection {
+	s.t.Helper()
+	stall := s.proxy.Inject(cluster.Fault{StallAfter: cluster.AtOnce, Match: func(r cluster.Request) bool {
+		return r.Verb == "watch" && match(r)
+	}})
+	s.proxy.BreakAll()
+	s.eventually(func() error {
+		if n := stall.Hits(); n < watches {
+			return fmt.Errorf("%d", n)
+		}
+		return nil
+	}, "the watches do not begin anew")
+	return stall
+}
+
+// An agent that sees nothing: what rules select, the coordinator delivers. What only the
+// Pods of that node select waits until the agent sees again. What it then creates late is
+// no older than what is there.
+func TestAnAgentWhoseWatchesStallHoldsUpOnlyWhatItsPodsAloneSelect(t *testing.T) {
+	s := newSystemBehindProxy(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	s.agent("node-a")
+	history := s.observe()
+	first := s.namespace(map[string]string{s.prefix: "a"}, nil)
+	s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`+"\n"+podRules(s.prefix)))
+	s.has(first, "registry.one")
+	s.ready(s.prefix, 1)
+
+	stall := s.stall(3, func(r cluster.Request) bool { return r.UserAgent == "imps-test/agent/node-a" })
+	mark := s.control.Audit().Mark()
+	labelled, byPods := s.namespace(map[string]string{s.prefix: "a"}, nil), s.namespace(nil, nil)
+	for _, namespace := range []string{labelled, byPods} {
+		s.pod(namespace, "node-a", map[string]string{s.prefix: "a"}, nil)
+	}
+	s.has(labelled, "registry.one")
+	s.source("hub", dockerConfig("registry.two"))
+	s.has(first, "registry.two")
+	s.has(labelled, "registry.two")
+	s.ready(s.prefix, 2)
+	require.Nil(t, s.secret(byPods, secretName))
+	require.Empty(t, s.secretRequests(mark, "agent/node-a"))
+
+	stall.Remove()
+	s.has(byPods, "registry.two")
+	s.ready(s.prefix, 3)
+	history.is(s, []string{first, labelled}, watch.Added, watch.Modified)
+	for _, e := range s.secretWrites(mark, "agent/node-a") {
+		require.Equal(t, byPods, e.Namespace)
+	}
+}
+
+// An agent that sees Pods, but no new credentials: what it creates is old, and the
+// coordinator brings it up to date.
+func TestAnAgentThatMissesARotationIsPutRight(t *testing.T) {
+	s := newSystemBehindProxy(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	s.agent("node-a")
+	history := s.observe()
+	first := s.namespace(map[string]string{s.prefix: "a"}, nil)
+	s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`+"\n"+podRules(s.prefix)))
+	s.has(first, "registry.one")
+	s.ready(s.prefix, 1)
+	stall := s.stall(1, func(r cluster.Request) bool {
+		return r.UserAgent == "imps-test/agent/node-a" && r.Namespace == renderedNamespace
+	})
+	s.source("hub", dockerConfig("registry.two"))
+	s.has(first, "registry.two")
+	byPods := s.namespace(nil, nil)
+	s.pod(byPods, "node-a", map[string]string{s.prefix: "a"}, nil)
+	s.has(byPods, "registry.two")
+	s.ready(s.prefix, 2)
+	stall.Remove()
+	// What comes after it shows that the agent has caught up.
+	again := s.namespace(nil, nil)
+	s.pod(again, "node-a", map[string]string{s.prefix: "a"}, nil)
+	s.has(again, "registry.two")
+	history.is(s, []string{first, byPods}, watch.Added, watch.Modified)
+}
+
+// A coordinator that sees no changes of target Secrets: it delivers and rotates all the
+// same. What others did meanwhile it meets with its next write, and nothing goes backwards
+// when the stall ends.
+func TestACoordinatorWhoseWatchOfTargetsStallsGoesOn(t *testing.T) {
+	s := newSystemBehindProxy(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	history := s.observe()
+	var namespaces []string
+	for range 3 {
+		namespaces = append(namespaces, s.namespace(map[string]string{s.prefix: "a"}, nil))
+	}
+	deleted, edited, untouched := namespaces[0], namespaces[1], namespaces[2]
+	s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`))
+	s.ready(s.prefix, 3)
+
+	stall := s.stall(1, func(r cluster.Request) bool { return r.Resource == "secrets" && r.Name == secretName })
+	require.NoError(t, s.core.CoreV1().Secrets(deleted).Delete(t.Context(), secretName, metav1.DeleteOptions{}))
+	_, err := s.core.CoreV1().Secrets(edited).Patch(t.Context(), secretName, types.MergePatchType,
+		[]byte(`{"data":{".dockerconfigjson":"e30="}}`), metav1.PatchOptions{FieldManager: "a-user"})
+	require.NoError(t, err)
+	late := s.namespace(map[string]string{s.prefix: "a"}, nil)
+	s.has(late, "registry.one")
+	require.Nil(t, s.secret(deleted, secretName))
+
+	s.source("hub", dockerConfig("registry.two"))
+	for _, namespace := range append(namespaces, late) {
+		s.has(namespace, "registry.two")
+	}
+	s.ready(s.prefix, 4)
+	stall.Remove()
+	s.source("hub", dockerConfig("registry.three"))
+	for _, namespace := range append(namespaces, late) {
+		s.has(namespace, "registry.three")
+	}
+	s.ready(s.prefix, 4)
+	history.is(s, []string{deleted}, watch.Added, watch.Deleted, watch.Added, watch.Modified)
+	history.is(s, []string{edited}, watch.Added, watch.Modified, watch.Modified, watch.Modified)
+	history.is(s, []string{untouched, late}, watch.Added, watch.Modified, watch.Modified)
+}
+
+// While nobody at imps sees anything, etcd is compacted and the API server restarted, so
+// that every watch that goes on from where it was is answered with 410. What changed
+// meanwhile is found by comparing.
+func TestWhatHappensBeforeACompactionIsCaughtUpWith(t *testing.T) {
+	s := newSystemBehindProxy(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	s.agent("node-a")
+	var namespaces []string
+	for range 4 {
+		namespaces = append(namespaces, s.namespace(map[string]string{s.prefix: "a"}, nil))
+	}
+	deleted, edited, deselected, untouched := namespaces[0], namespaces[1], namespaces[2], namespaces[3]
+	s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`+"\n"+podRules(s.prefix)))
+	s.resource(s.prefix+"-gone", `
+target: {secret: {name: `+otherSecretName+`}, namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}}
+registry: {credentials: [{name: hub, namespace: registry-access}]}`)
+	s.ready(s.prefix, 4)
+	s.ready(s.prefix+"-gone", 4)
+	was := s.secret(untouched, secretName)
+
+	held := s.proxy.Inject(cluster.Fault{Match: func(r cluster.Request) bool { return r.Verb == "watch" }, Hold: true})
+	s.proxy.BreakAll()
+	s.eventually(func() error {
+		if n := held.Hits(); n < 10 {
+			return fmt.Errorf("%d watches", n)
+		}
+		return nil
+	}, "the watches do not begin anew")
+	require.NoError(t, s.core.CoreV1().Secrets(deleted).Delete(t.Context(), secretName, metav1.DeleteOptions{}))
+	_, err := s.core.CoreV1().Secrets(edited).Patch(t.Context(), secretName, types.MergePatchType,
+		[]byte(`{"data":{".dockerconfigjson":"e30="}}`), metav1.PatchOptions{FieldManager: "a-user"})
+	require.NoError(t, err)
+	s.label(deselected, map[string]any{s.prefix: nil})
+	selected, byPods := s.namespace(map[string]string{s.prefix: "a"}, nil), s.namespace(nil, nil)
+	s.pod(byPods, "node-a", map[string]string{s.prefix: "a"}, nil)
+	s.deleteResource(s.prefix+"-gone", metav1.DeletePropagationBackground)
+	require.NoError(t, s.control.CompactEtcd(t.Context()))
+	require.NoError(t, s.control.StopAPIServer())
+	require.NoError(t, s.control.StartAPIServer(t.Context()))
+	expired, err := s.core.CoreV1().Secrets("").Watch(t.Context(), metav1.ListOptions{ResourceVersion: was.ResourceVersion})
+	if err == nil {
+		defer expired.Stop()
+		err = apierrors.FromObject((<-expired.ResultChan()).Object)
+	}
+	require.True(t, apierrors.IsResourceExpired(err), "%v", err)
+	held.Remove()
+
+	for _, namespace := range []string{deleted, edited, selected, byPods} {
+		s.has(namespace, "registry.one")
+	}
+	s.lacks(deselected)
+	s.ready(s.prefix, 5)
+	for _, namespace := range append(namespaces, selected) {
+		s.lacksNamed(namespace, otherSecretName)
+	}
+	s.eventually(func() error { return s.event(s.prefix, "Normal", "Reconciled", "") }, "no Event")
+	require.Equal(t, was.ResourceVersion, s.secret(untouched, secretName).ResourceVersion, "nothing to do there")
+}
