@@ -11,8 +11,15 @@ SHELL := bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 # More arguments for `go test`, for instance TESTFLAGS='-run TestPrune -v'.
 TESTFLAGS ?=
+# Arguments of the bench, for instance BENCHFLAGS='--sizes small --repeats 3'.
+BENCHFLAGS ?=
+# Arguments of the simulation, for instance SCALEFLAGS='--agents 100 --idle 10s'.
+SCALEFLAGS ?=
 # How long each fuzz target runs in fuzz-short.
 FUZZTIME ?= 10s
+# How long the soak goes on, and the seed of its generator; empty: any.
+SOAK ?= 30m
+SEED ?=
 
 API := pkg/api/v1alpha1
 CHART := deploy/daemonset
@@ -48,6 +55,10 @@ test-integration: need-go need-race ## Run the tests on a real API server, with 
 	go run ./test/cluster build
 	CGO_ENABLED=1 go test -race -count=1 -p=1 -timeout=30m $(TESTFLAGS) ./test/...
 
+.PHONY: soak
+soak: need-go need-race ## Run imps under random changes and faults for SOAK (30m), from SEED
+	CGO_ENABLED=1 go run ./test/soak -for='$(SOAK)' $(if $(SEED),-seed='$(SEED)')
+
 .PHONY: fuzz-short
 fuzz-short: need-go ## Run each fuzz target for FUZZTIME (10s)
 	go test -list '^Fuzz' ./pkg/... ./cmd/... \
@@ -60,6 +71,14 @@ fuzz-short: need-go ## Run each fuzz target for FUZZTIME (10s)
 .PHONY: demo
 demo: need-go ## Show imps at work on a real API server; KEEP=1 leaves it running (first run: about 10 min)
 	go run ./test/demo
+
+.PHONY: bench
+bench: need-go ## Measure imps beside plain clients (8 min); BENCHFLAGS=--help lists what else there is
+	go run ./test/bench $(BENCHFLAGS)
+
+.PHONY: scale
+scale: need-go ## Run 1,000 agents on a real API server (10 min, 5 GiB); SCALEFLAGS=--help lists what else there is
+	go run ./test/scale $(SCALEFLAGS)
 
 ##### Keep the repository in order
 
