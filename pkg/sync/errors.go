@@ -1,6 +1,7 @@
 package sync
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"time"
@@ -42,7 +43,23 @@ const (
 	// RecheckSoonest is how long it rests at first: an API server that has just started
 	// refuses what it has not read the rules for yet.
 	RecheckSoonest = time.Second
+	// ThrottlePause is how long a worker rests whose request the server did not take for
+	// now (429): its requests with other items would fare no better.
+	ThrottlePause = time.Second
 )
+
+// Pause waits, at most until ctx ends.
+func Pause(ctx context.Context, d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
 
 // ClassifyError sorts an error of a write to the API server.
 func ClassifyError(err error) ErrorClass {

@@ -45,8 +45,10 @@ type Mirror[T any] struct {
 
 	mu    sync.RWMutex
 	items map[types.NamespacedName]T
-	ready bool
-	err   error
+	// removed is the last object whose end the watch has told.
+	removed *T
+	ready   bool
+	err     error
 }
 
 // NewMirror returns a Mirror that starts with Run.
@@ -106,6 +108,11 @@ func (m *Mirror[T]) Err() error {
 func (m *Mirror[T]) Put(key types.NamespacedName, item T) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	// Events come in their order: of what is older than the last end that was told, the
+	// watch has told as well. If it is not there, it has come and gone.
+	if _, ok := m.items[key]; !ok && m.removed != nil && m.config.Newer != nil && m.config.Newer(*m.removed, item) {
+		return
+	}
 	m.put(key, item)
 }
 
@@ -149,6 +156,7 @@ func (m *Mirror[T]) remove(object any) error {
 		return err
 	}
 	m.mu.Lock()
+	m.removed = &item
 	old, ok := m.items[key]
 	if ok = ok && (m.config.Newer == nil || !m.config.Newer(old, item)); ok {
 		delete(m.items, key)

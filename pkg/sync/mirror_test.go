@@ -391,6 +391,24 @@ func TestPutAndAListAtTheSameTime(t *testing.T) {
 	close(stop)
 }
 
+func TestPutDoesNotBringBackWhatHasGoneMeanwhile(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := watchIn(t, newMemory(false), true)
+		defer m.stop()
+		synctest.Wait()
+		m.server.watcher.Add(thing("a", 5))
+		m.server.watcher.Delete(thing("a", 7))
+		synctest.Wait()
+		m.Put(thingKey("a"), 5)
+		_, there := m.Get(thingKey("a"))
+		require.False(t, there, "the answer to the write came later than its end")
+		m.Put(thingKey("b"), 8)
+		_, there = m.Get(thingKey("b"))
+		require.True(t, there)
+	})
+}
+
 func TestALateDeletionOfAnEarlierIncarnationIsIgnored(t *testing.T) {
 	t.Parallel()
 	both(t, func(t *testing.T, streams bool) {

@@ -17,8 +17,8 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// Secrets reads and writes target Secrets. It asks for metadata only, so that no answer
-// of the server ever holds data of a Secret.
+// Secrets reads and writes target Secrets. It asks for metadata only, and decodes nothing
+// else: no data of a Secret is ever held.
 type Secrets struct {
 	metadata metadata.Interface
 	rest     rest.Interface

@@ -209,14 +209,20 @@ func (s *system) doneOnce(during func(step func())) {
 	})
 	history.is(s, all[:1], watch.Added, watch.Modified, watch.Deleted)
 	history.is(s, all[1:], watch.Added, watch.Modified)
-	// Of the Pods' namespace, node and coordinator may both have tried to create it.
+	// Nor was anything written that changed nothing. A write whose client is gone may stand
+	// in the audit log as a failure, and in the Pods' namespace node and coordinator may both
+	// have tried to create the Secret.
 	writes := map[string]int{}
 	for _, e := range append(s.secretWrites(mark, "coordinator"), s.secretWrites(mark, "agent/node-a")...) {
 		if e.Namespace != byPods {
 			writes[fmt.Sprint(e.Verb, " ", e.Code)]++
 		}
 	}
-	require.Equal(s.t, map[string]int{"patch 201": len(byRule), "patch 200": len(byRule), "delete 200": 1}, writes)
+	for write, most := range map[string]int{"patch 201": len(byRule), "patch 200": len(byRule), "delete 200": 1} {
+		require.LessOrEqual(s.t, writes[write], most, write)
+		delete(writes, write)
+	}
+	require.Empty(s.t, writes)
 }
 
 // Each watch breaks once, after so many events: in the middle of its first list, at its

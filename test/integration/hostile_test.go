@@ -275,7 +275,7 @@ target: {secret: {name: ` + secretName + `}, namespaces: {names: [` + namespace 
 	secrets := s.core.CoreV1().Secrets(namespace)
 	watcher, err := secrets.Watch(t.Context(), metav1.ListOptions{})
 	require.NoError(t, err)
-	edited := make(chan int)
+	edited := make(chan int, 1)
 	go func() {
 		edits := 0
 		defer func() { edited <- edits }()
@@ -286,10 +286,9 @@ target: {secret: {name: ` + secretName + `}, namespaces: {names: [` + namespace 
 			}
 			_, err := secrets.Patch(t.Context(), secretName, "application/merge-patch+json",
 				[]byte(`{"metadata":{"annotations":{"`+impsync.AnnotationRevision+`":"edited"}}}`), metav1.PatchOptions{FieldManager: "an-editor"})
-			if err != nil {
-				return
+			if err == nil {
+				edits++
 			}
-			edits++
 		}
 	}()
 	s.failed(s.prefix+"r", "somebody changes or deletes the Secret")

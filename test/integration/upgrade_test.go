@@ -94,7 +94,7 @@ func (u *upgrade) replaceAgent(i int, with release) {
 
 // kept asserts that nothing was lost, that every Secret is the one it was and was written
 // so many times, and that the agents create Secrets by the form that is there now.
-func (u *upgrade) kept(writes int) {
+func (u *upgrade) kept(writes int, registry string) {
 	u.t.Helper()
 	// Longer than what no Pod demands any more would stay.
 	require.Never(u.t, func() bool {
@@ -116,7 +116,7 @@ func (u *upgrade) kept(writes int) {
 	for _, node := range u.nodes {
 		namespace := u.namespace(nil, nil)
 		u.pod(namespace, node, map[string]string{"app": "web"}, nil)
-		u.has(namespace, "one.example.com")
+		u.has(namespace, registry)
 	}
 }
 
@@ -127,7 +127,7 @@ func TestAnUpgradeOfTheAgentsFirstRaisesTheFormatVersionLast(t *testing.T) {
 	require.Equal(t, "1", u.version())
 	u.replaceCoordinator(after)
 	u.written(2)
-	u.kept(0)
+	u.kept(0, "one.example.com")
 }
 
 func TestAnUpgradeOfTheCoordinatorFirstWaitsForTheLastAgent(t *testing.T) {
@@ -135,10 +135,14 @@ func TestAnUpgradeOfTheCoordinatorFirstWaitsForTheLastAgent(t *testing.T) {
 	u.replaceCoordinator(after)
 	u.replaceAgent(0, after)
 	u.awaitFormats(u.nodes[0], after)
-	require.Equal(t, "1", u.version())
+	u.source("one", dockerConfig("two.example.com"))
+	for _, namespace := range u.namespaces {
+		u.has(namespace, "two.example.com")
+	}
+	require.Equal(t, "1", u.version(), "it is written after the report, and for the agent that is still old")
 	u.replaceAgent(1, after)
 	u.written(2)
-	u.kept(0)
+	u.kept(1, "two.example.com")
 }
 
 func TestARollbackOfTheAgentsFirstLowersTheFormatVersionAtOnce(t *testing.T) {
@@ -148,7 +152,7 @@ func TestARollbackOfTheAgentsFirstLowersTheFormatVersionAtOnce(t *testing.T) {
 	u.replaceAgent(1, before)
 	u.replaceCoordinator(before)
 	require.Equal(t, "1", u.version())
-	u.kept(0)
+	u.kept(0, "one.example.com")
 }
 
 // What the newer coordinator rendered is nothing that the older one can compare with: it
@@ -159,7 +163,7 @@ func TestARollbackOfTheCoordinatorFirstWritesEverySecretOnce(t *testing.T) {
 	u.written(1)
 	u.replaceAgent(0, before)
 	u.replaceAgent(1, before)
-	u.kept(1)
+	u.kept(1, "one.example.com")
 }
 
 // While the coordinator is away, an agent that cannot read the rendered form withdraws no
@@ -172,7 +176,7 @@ func TestAnAgentThatIsRolledBackWithoutACoordinatorKeepsItsDemand(t *testing.T) 
 	u.demanded(u.namespaces[1])
 	u.coordinator(after.coordinator)
 	u.written(1)
-	u.kept(0)
+	u.kept(0, "one.example.com")
 }
 
 // awaitFormats waits until the report of a node names the versions of a release.

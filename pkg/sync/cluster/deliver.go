@@ -221,10 +221,25 @@ func (t *term) reconcileTarget(ctx context.Context, key targetKey) error {
 		// What was done is judged like anything else that is there: what was decided may
 		// have been overtaken meanwhile.
 	}
-	// Somebody writes as often as we do: with backoff, then.
+	// Somebody writes as often as we do, or the server changes what we write: with backoff,
+	// then, and as a repair, which has an ever longer one.
 	err := fmt.Errorf("target Secret %s: %w", key, errAgain)
-	t.conclude(key, t.decide(key, time.Now()), err)
+	d := t.decide(key, time.Now())
+	t.conclude(key, d, err)
+	if d.verb == create || d.verb == update {
+		t.noteDelivered(key, d)
+	}
 	return err
+}
+
+// noteDelivered notes that a Secret was written, though it did not stay so.
+func (t *term) noteDelivered(key targetKey, d decision) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if o, ok := d.winner.outcomes[key.namespace]; ok && o.kind == failed {
+		o.counter = d.target.Revision().Counter
+		d.winner.outcomes[key.namespace] = o
+	}
 }
 
 // decide compares what should be with what is, and notes the outcome of every claim that
@@ -635,11 +650,11 @@ func (t *term) rereadRendered(ctx context.Context, uid types.UID) error {
 	name := impsync.RenderedName(uid)
 	secret, err := t.core.Secrets(t.config.RenderedNamespace).Get(ctx, name, metav1.GetOptions{})
 	switch {
-	case apierrors.IsNotFound(err):
+	case apierrors.IsNotFound(err): // the watch tells, if it has not yet
 	case err != nil:
 		return passing("read the rendered Secret", err)
 	default:
-		key := types.NamespacedName{Namespace: t.config.RenderedNamespace, Name: name}
+		key := t.renderedKey(uid)
 		read := t.renderedOf(secret)
 		if was, ok := t.rendered.Get(key); !ok || newer(read.resourceVersion, was.resourceVersion) {
 			t.rendered.Put(key, read)
@@ -695,6 +710,8 @@ func (t *term) conclude(key targetKey, d decision, err error) {
 		t.undeletable[key] = undeletable{owner: c.ref.UID, message: message}
 		t.statusDirty(c.ref.UID)
 	case t.byTarget[key.name][c.ref.UID] != c: // it has another target by now, or none
+	case apierrors.IsTooManyRequests(err): // that is no failure yet
+		t.note(c, key.namespace, &outcome{kind: pending, counter: c.outcomes[key.namespace].counter, message: message})
 	default:
 		t.note(c, key.namespace, &outcome{kind: failed, counter: c.outcomes[key.namespace].counter, message: message})
 	}

@@ -1020,3 +1020,32 @@ func TestWhatIsNoRepairDoesNotWait(t *testing.T) {
 		require.Nil(t, d.repairs)
 	})
 }
+
+func TestThatTheServerIsTooBusyIsNoFailure(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.claimOf(t, resource(t, "a", 0, byName), 7)
+		d := s.decides()
+		s.conclude(s.key, d, apierrors.NewTooManyRequests("x", 1))
+		require.Equal(t, map[string]string{"a in n": "pending at 0"}, s.outcomes())
+		s.conclude(s.key, d, errors.New("x"))
+		require.Equal(t, map[string]string{"a in n": "failed at 0"}, s.outcomes())
+	})
+}
+
+// Also where the API server changes every write at once, as a mutating webhook does.
+func TestWhatNeverStaysAsItWasWrittenIsARepair(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.there(c, edited)
+		d := s.decides()
+		s.conclude(s.key, d, errAgain)
+		s.noteDelivered(s.key, d)
+		require.Equal(t, map[string]string{"a in n": "failed at 7"}, s.outcomes())
+		for range promptRepairs {
+			d := s.decides()
+			require.NotNil(t, d.repairs)
+			s.repaired(s.key, d)
+		}
+		require.Zero(t, s.decides(), "the next one waits")
+	})
+}

@@ -111,22 +111,35 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	newest := t.newestReadable()
+	t.readFormats(node, current)
 	if current == nil {
 		current = &reportObject{}
-		delete(t.formats, node)
-	} else {
-		t.formats[node] = current.formats
-	}
-	if t.newestReadable() != newest {
-		for uid := range t.claims {
-			t.resourceQueue.Add(uid)
-		}
 	}
 	keep := func(key demandKey) bool { return t.byUID[key.uid] != nil }
 	for _, changed := range t.demand.replace(node, current.demand, time.Now(), keep) {
 		if claim := t.claims[changed.uid]; claim != nil {
 			t.targetQueue.AddAfter(targetKey{changed.namespace, claim.rendered.Target.Name()}, demandDelay)
+		}
+	}
+}
+
+// readFormats takes over which versions of the rendered form an agent reads, none where its
+// report is gone. The caller holds the lock.
+func (t *term) readFormats(node string, report *reportObject) {
+	newest := t.newestReadable()
+	for _, version := range t.formats[node] {
+		t.readers[version]--
+	}
+	delete(t.formats, node)
+	if report != nil {
+		t.formats[node] = slices.Compact(slices.Sorted(slices.Values(report.formats)))
+		for _, version := range t.formats[node] {
+			t.readers[version]++
+		}
+	}
+	if t.newestReadable() != newest {
+		for uid := range t.claims {
+			t.resourceQueue.Add(uid)
 		}
 	}
 }
@@ -143,14 +156,12 @@ func (t *term) formatVersion(current int) int {
 // newestReadable is the newest of our versions that all reports name, 0 where there is
 // none. The caller holds the lock.
 func (t *term) newestReadable() int {
-	readable := slices.Clone(t.config.FormatVersions)
-	for _, formats := range t.formats {
-		readable = slices.DeleteFunc(readable, func(v int) bool { return !slices.Contains(formats, v) })
+	for _, version := range slices.Backward(t.config.FormatVersions) {
+		if t.readers[version] == len(t.formats) {
+			return version
+		}
 	}
-	if len(readable) == 0 {
-		return 0
-	}
-	return slices.Max(readable)
+	return 0
 }
 
 // nodeOfReport is the node that a report is named after.

@@ -149,8 +149,15 @@ func (t *term) renderedChanged(key types.NamespacedName, old, current *renderedS
 func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	t.mu.Lock()
 	r := t.byUID[uid]
+	_, seenGoing := t.gone[uid]
 	if r == nil || r.DeletionTimestamp != nil {
 		t.mu.Unlock()
+		if r == nil && !seenGoing {
+			// Nobody has told of its end: perhaps it is too new for our watch.
+			if alive, err := t.isAlive(ctx, uid); alive || err != nil {
+				return err
+			}
+		}
 		return t.retire(ctx, uid)
 	}
 	c := t.claims[uid]
@@ -307,17 +314,17 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 	if err != nil {
 		return err, nil
 	}
-	remembered.resourceVersion = known.resourceVersion
+	remembered.uid, remembered.resourceVersion = known.uid, known.resourceVersion
 	if !sameState(*known, remembered) {
 		raw, err := encodeState(remembered)
 		if err != nil {
 			return err, nil
 		}
-		if remembered.resourceVersion, err = t.writeState(ctx, c.ref, raw, known.resourceVersion); err != nil {
+		if remembered.uid, remembered.resourceVersion, err = t.writeState(ctx, c.ref, raw, *known); err != nil {
 			t.change(func() { c.state = nil }) // whatever is there, it is read again
 			if errors.Is(err, errStateGone) {
 				again := *known // nothing is: what is known is written anew
-				again.resourceVersion = ""
+				again.uid, again.resourceVersion = "", ""
 				t.change(func() { c.state = &again })
 			}
 			return nil, err
@@ -326,7 +333,7 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 	published, there := t.published(c.ref.UID)
 	if !there || !sameRendered(published, next) {
 		was, _ := t.rendered.Get(t.renderedKey(c.ref.UID)) // also one that cannot be read
-		written, err := t.writeRendered(ctx, c.ref, data, was.resourceVersion)
+		written, err := t.writeRendered(ctx, c.ref, data, was)
 		if err != nil {
 			return nil, err
 		}
@@ -385,13 +392,12 @@ func sameRendered(a, b impsync.Rendered) bool {
 // that no agent creates anything for it any more. Its state goes first of all: where we
 // die in between, the next leader learns from the rendered Secret what is left to do.
 func (t *term) retire(ctx context.Context, uid types.UID) error {
-	if err := t.deleteOwn(ctx, t.config.Namespace, impsync.StateName(uid)); err != nil {
-		return err
-	}
+	err := t.deleteOwn(ctx, t.config.Namespace, impsync.StateName(uid))
 	if _, ok := t.rendered.Get(t.renderedKey(uid)); ok {
-		if err := t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(uid)); err != nil {
-			return err
-		}
+		err = errors.Join(err, t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(uid)))
+	}
+	if err != nil {
+		return err
 	}
 	t.mu.Lock()
 	c := t.claims[uid]
@@ -418,6 +424,19 @@ func (t *term) retire(ctx context.Context, uid types.UID) error {
 		t.metrics.forget(c.ref.Name)
 	}
 	return nil
+}
+
+// isAlive asks the API server whether a resource is there and not going.
+func (t *term) isAlive(ctx context.Context, uid types.UID) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
+	defer cancel()
+	list := &v1alpha1.ImagePullSecretList{}
+	if err := t.images.Get().Resource(v1alpha1.Resource.Resource).Do(ctx).Into(list); err != nil {
+		return false, passing("list the ImagePullSecrets", err)
+	}
+	return slices.ContainsFunc(list.Items, func(r v1alpha1.ImagePullSecret) bool {
+		return r.UID == uid && r.DeletionTimestamp == nil
+	}), nil
 }
 
 func (t *term) deleteOwn(ctx context.Context, namespace, name string) error {

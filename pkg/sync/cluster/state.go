@@ -31,7 +31,8 @@ type state struct {
 	counter uint64
 	// lastGood are the last good entries of each source.
 	lastGood map[string]dockerconfig.Config
-	// resourceVersion is that of the state Secret; empty where there was none.
+	// uid and resourceVersion are those of the state Secret; empty where there was none.
+	uid             types.UID
 	resourceVersion string
 	// incomplete: of a source that fails nothing is known, but the rendered Secret may hold
 	// its entries. So it is where there was no state Secret, or none that could be read.
@@ -116,17 +117,17 @@ func (t *term) readState(ctx context.Context, uid types.UID) (state, error) {
 	s, err := decodeState(secret.Data[stateKey])
 	if err != nil {
 		t.log.Warn("cannot read a state Secret, going on without it", "secret", secret.Name, "error", err)
-		missing.resourceVersion = secret.ResourceVersion
+		missing.uid, missing.resourceVersion = secret.UID, secret.ResourceVersion
 		return missing, nil
 	}
-	s.resourceVersion = secret.ResourceVersion
+	s.uid, s.resourceVersion = secret.UID, secret.ResourceVersion
 	return s, nil
 }
 
-// writeState writes a state over the one at this resourceVersion, where there is none over
-// none, and returns its new one. So no two leaders ever give out one counter: the second
+// writeState writes a state over the one that is known, where none is over none, and returns
+// its UID and resourceVersion. So no two leaders ever give out one counter: the second
 // fails with a conflict, and asks for the Lease.
-func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, raw []byte, resourceVersion string) (string, error) {
+func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, raw []byte, known state) (types.UID, string, error) {
 	name := impsync.StateName(ref.UID)
 	owned := ownSecret(name, impsync.StateType, ref, map[string][]byte{stateKey: raw})
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
@@ -134,36 +135,36 @@ func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, raw []by
 	secrets := t.core.Secrets(t.config.Namespace)
 	var written *corev1.Secret
 	var err error
-	if resourceVersion == "" {
+	if known.resourceVersion == "" {
 		written, err = secrets.Create(ctx, owned, metav1.CreateOptions{FieldManager: impsync.FieldManager})
 	} else {
-		owned.ResourceVersion = resourceVersion
+		owned.UID, owned.ResourceVersion = known.uid, known.resourceVersion
 		written, err = applySecret(ctx, secrets, owned)
 	}
 	switch {
 	case apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
 		if err := t.holdsLease(ctx); err != nil {
-			return "", err
+			return "", "", err
 		}
 		if _, getErr := secrets.Get(ctx, name, metav1.GetOptions{}); apierrors.IsNotFound(getErr) {
-			return "", errStateGone
+			return "", "", errStateGone
 		}
-		return "", fmt.Errorf("write Secret %s/%s: %w", t.config.Namespace, name, err)
+		return "", "", fmt.Errorf("write Secret %s/%s: %w", t.config.Namespace, name, err)
 	case err != nil:
-		return "", passing(fmt.Sprintf("write Secret %s/%s", t.config.Namespace, name), err)
+		return "", "", passing(fmt.Sprintf("write Secret %s/%s", t.config.Namespace, name), err)
 	}
-	return written.ResourceVersion, nil
+	return written.UID, written.ResourceVersion, nil
 }
 
-// writeRendered writes the rendered Secret of a resource over the one at this
-// resourceVersion, where there is none over none: a leader that was superseded must not
+// writeRendered writes the rendered Secret of a resource over the one that was there, where
+// none was over none: a leader that was superseded must not
 // bring the one before back.
-func (t *term) writeRendered(ctx context.Context, ref impsync.ResourceRef, data map[string][]byte, resourceVersion string) (*corev1.Secret, error) {
+func (t *term) writeRendered(ctx context.Context, ref impsync.ResourceRef, data map[string][]byte, was renderedSecret) (*corev1.Secret, error) {
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	name := impsync.RenderedName(ref.UID)
 	rendered := ownSecret(name, impsync.RenderedType, ref, data)
-	rendered.ResourceVersion = cmp.Or(resourceVersion, impsync.Absent)
+	rendered.UID, rendered.ResourceVersion = was.uid, cmp.Or(was.resourceVersion, impsync.Absent)
 	written, err := applySecret(ctx, t.core.Secrets(t.config.RenderedNamespace), rendered)
 	what := fmt.Sprintf("write Secret %s/%s", t.config.RenderedNamespace, name)
 	switch {

@@ -133,11 +133,11 @@ func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
 		now := metav1.Now().Rfc3339Copy()
 		status.LastSuccessfulReconciliation = &now
 	}
+	t.change(func() { c.statusWritten = time.Now() }) // or tried: that is paced as well
 	if err := t.writeStatus(ctx, r, status); err != nil {
 		return err
 	}
 	t.change(func() {
-		c.statusWritten = time.Now()
 		c.markReported(status, counter)
 		if t.byUID[uid] == r { // or the watch has brought a newer one
 			written := *r

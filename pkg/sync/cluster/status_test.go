@@ -523,6 +523,10 @@ func TestStatusIsNotWrittenWhereNothingHasChanged(t *testing.T) {
 		require.Error(t, s.reconcileStatus(t.Context(), "uid-a"), "it is written, and the server is away")
 		c.reported = 7
 		c.outcomes["n"] = outcome{kind: failed, message: "no"}
+		s.server().asked()
+		require.NoError(t, s.reconcileStatus(t.Context(), "uid-a"))
+		require.Empty(t, s.server().asked(), "not so soon: also what fails is paced")
+		<-time.After(statusInterval)
 		require.Error(t, s.reconcileStatus(t.Context(), "uid-a"))
 	})
 }

@@ -69,8 +69,10 @@ type term struct {
 	targets map[string]*impsync.Mirror[impsync.Existing]
 	sources map[types.NamespacedName]*source
 	demand  demand
-	// formats are the versions of the rendered form that each node's agent reads.
+	// formats are the versions of the rendered form that each node's agent reads, and
+	// readers is how many agents read each version.
 	formats map[string][]int
+	readers map[int]int
 	// undeletable are Secrets that are not wanted and could not be deleted.
 	undeletable map[targetKey]undeletable
 	// withoutAgent is the number of nodes without a report.
@@ -103,6 +105,7 @@ type reportObject struct {
 type renderedSecret struct {
 	rendered        impsync.Rendered
 	err             error
+	uid             types.UID
 	resourceVersion string
 }
 
@@ -119,6 +122,7 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 		undeletable: map[targetKey]undeletable{},
 		nodeGone:    map[string]time.Time{},
 		formats:     map[string][]int{},
+		readers:     map[int]int{},
 		demand:      demand{byNode: map[string][]demandKey{}, states: map[demandKey]*demandState{}},
 	}
 	t.resources = impsync.NewMirror(impsync.MirrorConfig[*v1alpha1.ImagePullSecret]{
@@ -198,7 +202,7 @@ func reportOf(c *corev1.ConfigMap) reportObject {
 
 func (c *Coordinator) renderedOf(s *corev1.Secret) renderedSecret {
 	rendered, err := impsync.DecodeRendered(s, c.config.FormatVersions)
-	return renderedSecret{rendered: rendered, err: err, resourceVersion: s.ResourceVersion}
+	return renderedSecret{rendered: rendered, err: err, uid: s.UID, resourceVersion: s.ResourceVersion}
 }
 
 func imagesListWatch(c *Coordinator) cache.ListerWatcher {
@@ -301,11 +305,9 @@ func (t *term) begin(ctx context.Context) bool {
 	t.mu.Unlock()
 	var stale []types.UID
 	var reported []string
-	renderedOf := map[types.UID]impsync.Rendered{}
-	t.rendered.Range(func(_ types.NamespacedName, r renderedSecret) bool {
-		if r.err == nil {
-			renderedOf[r.rendered.Resource.UID] = r.rendered
-		}
+	renderedOf := map[types.UID]impsync.Rendered{} // zero where it cannot be read
+	t.rendered.Range(func(key types.NamespacedName, r renderedSecret) bool {
+		renderedOf[impsync.UIDOfRendered(key.Name)] = r.rendered
 		return true
 	})
 	t.reports.Range(func(key types.NamespacedName, _ reportObject) bool {
@@ -382,8 +384,9 @@ func workersOf[K comparable](work context.Context, t *term, n int, what string, 
 			case errors.Is(err, errSuperseded):
 				t.stop(errSuperseded)
 			case work.Err() == nil:
-				comeBack(queue, refused, item, err)
+				pause := comeBack(queue, refused, item, err)
 				t.logFailure(work, what, fmt.Sprint(item), err, refused.NumRequeues(item) > 1)
+				impsync.Pause(ctx, pause)
 			}
 			queue.Done(item)
 		}
@@ -392,8 +395,9 @@ func workersOf[K comparable](work context.Context, t *term, n int, what string, 
 }
 
 // comeBack puts an item that failed back into its queue, for when the error's class says.
-// What was refused comes back when refused says.
-func comeBack[K comparable](queue workqueue.TypedRateLimitingInterface[K], refused workqueue.TypedRateLimiter[K], item K, err error) {
+// What was refused comes back when refused says. Where the server asks for a delay, it
+// returns for how long the worker is to pause, too: other items are no better received.
+func comeBack[K comparable](queue workqueue.TypedRateLimitingInterface[K], refused workqueue.TypedRateLimiter[K], item K, err error) (pause time.Duration) {
 	delay, _ := apierrors.SuggestsClientDelay(err)
 	switch class := impsync.ClassifyError(err); {
 	case class == impsync.ClassGone:
@@ -407,9 +411,11 @@ func comeBack[K comparable](queue workqueue.TypedRateLimitingInterface[K], refus
 		queue.AddAfter(item, impsync.RecheckInterval)
 	case delay > 0: // some errors suggest one of zero
 		queue.AddAfter(item, time.Duration(delay)*time.Second)
+		return impsync.ThrottlePause
 	default:
 		queue.AddRateLimited(item)
 	}
+	return 0
 }
 
 func (t *term) logFailure(ctx context.Context, what, item string, err error, again bool) {

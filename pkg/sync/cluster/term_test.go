@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -157,6 +158,40 @@ func TestWhatIsRefusedIsLookedAtEverMoreSeldom(t *testing.T) {
 
 func refusals() workqueue.TypedRateLimiter[targetKey] {
 	return workqueue.NewTypedItemExponentialFailureRateLimiter[targetKey](impsync.RecheckSoonest, impsync.RecheckInterval)
+}
+
+// Else each of ten thousand items would be sent to a server that is too busy for one.
+func TestAWorkerRestsWhereTheServerIsTooBusy(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		for i := range 10 {
+			s.targetQueue.Add(targetKey{"n", strconv.Itoa(i)})
+		}
+		start, tries := time.Now(), 0
+		ctx, cancel := context.WithCancel(t.Context())
+		busy := func(context.Context, targetKey) error {
+			tries++
+			return apierrors.NewTooManyRequests("x", 30)
+		}
+		done := make(chan error)
+		go func() { done <- workersOf(ctx, s.term, 1, "x", s.targetQueue, busy)[0](ctx) }()
+		<-time.After(5*impsync.ThrottlePause + 1)
+		require.Equal(t, 6, tries, "one a second, not all at once")
+		cancel()
+		s.targetQueue.ShutDown()
+		require.NoError(t, <-done)
+		require.Equal(t, 5*impsync.ThrottlePause+1, time.Since(start), "the end does not wait")
+	})
+}
+
+func TestAResourceThatNobodyHasSeenGoIsAskedForBeforeItIsRetired(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		const list = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets"
+		require.Error(t, s.reconcileResource(t.Context(), "uid-new"), "the server is away")
+		require.Equal(t, []string{list}, s.server().asked(), "nothing is deleted")
+		s.gone["uid-old"] = false
+		require.Error(t, s.reconcileResource(t.Context(), "uid-old"))
+		require.NotContains(t, s.server().asked(), list, "its end was seen")
+	})
 }
 
 func TestWorkers(t *testing.T) {
@@ -314,7 +349,7 @@ func TestATermBeginsWithWhatWasRenderedBefore(t *testing.T) {
 		require.ElementsMatch(t, []types.UID{"uid-a", "uid-fresh"}, keys(s.claims))
 		require.Equal(t, uint64(7), s.claims["uid-a"].rendered.Target.Revision().Counter)
 		require.True(t, s.claims["uid-fresh"].rendered.Target.IsZero())
-		require.Equal(t, []string{"uid-a", "uid-dead", "uid-fresh", "uid-going"}, s.queuedResources(), "also what was rendered of a resource that is gone")
+		require.Equal(t, []string{"uid-a", "uid-dead", "uid-fresh", "uid-going", "uid-spoilt"}, s.queuedResources(), "also what was rendered of a resource that is gone, readable or not")
 		require.Equal(t, []string{"m/pull", "n/pull", "old/pull"}, s.queuedTargets())
 		require.Equal(t, 1, s.demand.states[demandKey{"m", "uid-a"}].nodes)
 		require.InDelta(t, 2, gaugesOf(t, s.config.Registry.(gatherer))["imps_nodes_without_agent{}"], 0, "n3, and n2, whose report cannot be read")

@@ -313,8 +313,8 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 		}
 	}
 	relabelled := old == nil || current == nil || !maps.Equal(old.labels, current.labels) || !maps.Equal(old.annotations, current.annotations)
-	if waits && (relabelled || !waited) {
-		a.queue.Add(key.Namespace)
+	if waits && !waited || current != nil && relabelled && a.namespaces[key.Namespace] != nil {
+		a.queue.Add(key.Namespace) // by any Pod's labels a namespace is selected for all
 	}
 	if relabelled {
 		a.dirty()
@@ -328,6 +328,9 @@ func (a *Agent) renderedChanged(key types.NamespacedName, _, current *renderedSe
 	switch {
 	case current == nil || current.deleting:
 		delete(a.active, key.Name)
+		for name := range a.namespaces {
+			a.queue.Add(name) // another resource may come into its place
+		}
 		a.dirty()
 		return
 	case current.err != nil:
@@ -419,6 +422,7 @@ func (a *Agent) next(ctx, work context.Context) bool {
 	default:
 		if delay, _ := apierrors.SuggestsClientDelay(err); delay > 0 { // some errors suggest one of zero
 			a.queue.AddAfter(name, time.Duration(delay)*time.Second)
+			defer impsync.Pause(ctx, impsync.ThrottlePause)
 		} else {
 			a.queue.AddRateLimited(name)
 		}

@@ -197,6 +197,12 @@ func TestAPodIsLookedAtWhenItArrivesOrIsRelabelled(t *testing.T) {
 		look(&pod{labels: web, waiting: true}, true, false, "it waits again")
 		look(&pod{labels: web, annotations: annotated, waiting: true}, true, true, "it waits and is annotated")
 		look(nil, false, true, "it is gone")
+
+		a.pod("a", "2", &pod{waiting: true})
+		a.queued()
+		look(&pod{}, true, true, "one that runs arrives beside one that waits: it may select the namespace for both")
+		look(&pod{labels: web}, true, true, "so may its labels")
+		look(nil, false, true, "its end does not")
 	})
 }
 
@@ -242,7 +248,7 @@ func TestRenderedSecretsComeIntoForce(t *testing.T) {
 		require.Equal(t, []string{"a"}, queued, "another name")
 
 		queued, dirty = see(&renderedSecret{rendered: first, deleting: true})
-		require.Empty(t, queued)
+		require.Equal(t, []string{"a"}, queued, "another may come into its place")
 		require.True(t, dirty)
 		require.Empty(t, a.active, "one that is being deleted is in force no more")
 		see(&renderedSecret{rendered: first})
