@@ -579,6 +579,7 @@ func (s *soak) settle(v *view) {
 		entry := &kept{uid: secret.UID, reasons: map[string]bool{}, labelled: s.keep[k] != nil && s.keep[k].labelled}
 		for _, r := range claims[k] {
 			maps.Copy(entry.reasons, s.reasons(r, n))
+			entry.claims(r.uid)
 		}
 		// What is not wanted, and that the garbage collector does not take either, stays.
 		entry.orphan = len(entry.reasons) == 0

@@ -105,6 +105,8 @@ type kept struct {
 	reasons map[string]bool
 	// orphan: it was left behind, and stays until somebody selects it.
 	orphan bool
+	// claimants are all resources that have claimed it since the last quiet point.
+	claimants map[types.UID]bool
 	// labelled: it has a label of a user's own.
 	labelled bool
 }
@@ -249,6 +251,9 @@ func (w *world) narrow() {
 			}
 			reasons := w.reasons(r, n)
 			maps.Copy(now, reasons)
+			if len(reasons) > 0 {
+				kept.claims(r.uid)
+			}
 			if r.settled {
 				maps.Copy(settled, reasons)
 			}
@@ -277,12 +282,23 @@ func (w *world) forgetDemand(node string) {
 	w.narrow()
 }
 
+func (k *kept) claims(uid types.UID) {
+	if k.claimants == nil {
+		k.claimants = map[types.UID]bool{}
+	}
+	k.claimants[uid] = true
+}
+
 // orphaned notes what a resource leaves behind, before it goes.
 func (w *world) orphaned(r *resource) {
 	w.left[r.uid] = true
 	for k, claimants := range w.claims(func(r *resource) bool { return !r.spec.empty() }) {
 		kept := w.keep[k]
-		if kept != nil && len(claimants) == 1 && claimants[0] == r {
+		switch {
+		case kept == nil || len(claimants) != 1 || claimants[0] != r:
+		case len(kept.claimants) > 1:
+			delete(w.keep, k) // perhaps another's that lingers, which may be pruned
+		default:
 			kept.orphan = true
 		}
 	}
