@@ -35,6 +35,9 @@ const (
 	workers = 8
 	// reportInterval is the shortest time between two writes of the report.
 	reportInterval = time.Second
+	// failuresToTell is how often in a row a namespace fails before the log tells: some
+	// seconds.
+	failuresToTell = 7
 )
 
 // Config is what an Agent needs.
@@ -145,6 +148,7 @@ func New(config Config) (*Agent, error) {
 		reportDirty: make(chan struct{}, 1),
 		ready:       make(chan struct{}),
 		active:      map[string]*selecting{},
+		refused:     workqueue.NewTypedItemExponentialFailureRateLimiter[string](impsync.RecheckSoonest, impsync.RecheckInterval),
 		seen:        map[types.NamespacedName]time.Time{},
 		namespaces:  map[string]*namespace{},
 		fastPath: prometheus.NewHistogram(prometheus.HistogramOpts{
@@ -203,7 +207,6 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.queue = workqueue.NewTypedRateLimitingQueueWithConfig(
 		workqueue.NewTypedItemExponentialFailureRateLimiter[string](50*time.Millisecond, time.Minute),
 		workqueue.TypedRateLimitingQueueConfig[string]{Name: "node-namespaces"})
-	a.refused = workqueue.NewTypedItemExponentialFailureRateLimiter[string](impsync.RecheckSoonest, impsync.RecheckInterval)
 	ctx, cancel := context.WithCancelCause(ctx)
 	work, stop := impsync.WithGrace(ctx)
 	defer stop()
@@ -427,9 +430,13 @@ func (a *Agent) next(ctx, work context.Context) bool {
 			a.queue.AddRateLimited(name)
 		}
 	}
-	if class != impsync.ClassConflict && class != impsync.ClassGone {
-		a.log.Warn("cannot give a namespace its Secret", "namespace", name, "class", class.String(), "error", impsync.Explain(err))
+	// One line for what is refused, and for what goes on failing: what passes fails for
+	// every namespace at once, and the watches tell of it.
+	level := slog.LevelDebug
+	if class == impsync.ClassTerminal || class == impsync.ClassWait && a.refused.NumRequeues(name) == 1 || a.queue.NumRequeues(name) == failuresToTell {
+		level = slog.LevelWarn
 	}
+	a.log.Log(work, level, "cannot give a namespace its Secret", "namespace", name, "class", class.String(), "error", impsync.Explain(err))
 	return true
 }
 
