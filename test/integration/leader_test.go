@@ -50,12 +50,16 @@ func TestASupersededLeaderStopsAndLeavesTheLeaseAlone(t *testing.T) {
 	// Somebody else leads, and has counted on.
 	other := "somebody-else"
 	leases := s.core.CoordinationV1().Leases(systemNamespace)
-	lease, err := leases.Get(t.Context(), clusterduty.LeaseName, metav1.GetOptions{})
-	require.NoError(t, err)
-	now := metav1.NowMicro()
-	lease.Spec.HolderIdentity, lease.Spec.RenewTime = &other, &now
-	_, err = leases.Update(t.Context(), lease, metav1.UpdateOptions{})
-	require.NoError(t, err)
+	s.eventually(func() error { // the leader renews it meanwhile
+		lease, err := leases.Get(t.Context(), clusterduty.LeaseName, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		now := metav1.NowMicro()
+		lease.Spec.HolderIdentity, lease.Spec.RenewTime = &other, &now
+		_, err = leases.Update(t.Context(), lease, metav1.UpdateOptions{})
+		return err
+	}, "cannot take the Lease")
 	secret := s.secret(namespace, secretName)
 	revision, err := impsync.ParseRevision(secret.Annotations[impsync.AnnotationRevision])
 	require.NoError(t, err)
@@ -74,7 +78,7 @@ func TestASupersededLeaderStopsAndLeavesTheLeaseAlone(t *testing.T) {
 		return nil
 	}, "the superseded leader does not stop")
 	s.has(namespace, "registry.new")
-	lease, err = leases.Get(t.Context(), clusterduty.LeaseName, metav1.GetOptions{})
+	lease, err := leases.Get(t.Context(), clusterduty.LeaseName, metav1.GetOptions{})
 	require.NoError(t, err)
 	require.Equal(t, other, *lease.Spec.HolderIdentity)
 	// The tests after this one need the Lease.

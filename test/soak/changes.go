@@ -63,7 +63,10 @@ func changes() []card {
 			}
 		})},
 		{"take a target's owner", 1, editTarget(`{"metadata":{"ownerReferences":null}}`, mayStay)},
-		{"clear a target's managedFields", 1, editTarget(`{"metadata":{"managedFields":[{}]}}`, mayStay)},
+		{"clear a target's managedFields", 1, editTarget(`{"metadata":{"managedFields":[{}]}}`, func(s *soak, k key, uid types.UID) {
+			mayStay(s, k, uid)
+			s.unmanaged[uid] = true
+		})},
 		{"delete a target", 2, deleteTarget},
 		{"take a target over", 1, takeTargetOver},
 		{"put a foreign Secret in the way", 3, putForeign},

@@ -80,7 +80,7 @@ func run(ctx context.Context, c config) (err error) {
 	//nolint:gosec // the same seed has to make the same steps
 	s := &soak{config: c, random: rand.New(rand.NewPCG(c.seed, c.seed)), played: map[string]int{}, world: &world{
 		namespaces: map[string]*namespace{}, pods: map[string]*pod{}, sources: map[string]*source{}, resources: map[string]*resource{},
-		foreign: map[key]foreign{}, gone: map[string]bool{}, keep: map[key]*kept{}, left: map[types.UID]bool{},
+		foreign: map[key]foreign{}, gone: map[string]bool{}, keep: map[key]*kept{}, left: map[types.UID]bool{}, unmanaged: map[types.UID]bool{},
 		window: window{garbled: map[string]bool{}},
 	}}
 	s.changes, s.faults = newDeck(changes()), newDeck(faults())

@@ -33,6 +33,9 @@ type world struct {
 	// left are Secrets, and resources whose Secrets, may stay where nothing selects them:
 	// what tells that they are imps's was taken from them, or they were orphaned.
 	left map[types.UID]bool
+	// unmanaged are Secrets whose managedFields somebody has cleared: labels and annotations
+	// of a resource that they are handed over from are nobody's, and stay.
+	unmanaged map[types.UID]bool
 }
 
 // window is what happened since the last quiet point.

@@ -39,7 +39,7 @@ func smallWorld() *world {
 			"one": {name: "one", state: good, now: 1, recent: []int{1}, config: map[int]map[string]string{1: {"r": "one", "s": "one"}}},
 			"two": {name: "two", state: good, now: 2, recent: []int{2}, config: map[int]map[string]string{2: {"r": "two"}, 3: {"r": "three"}}},
 		},
-		resources: map[string]*resource{}, foreign: map[key]foreign{}, keep: map[key]*kept{}, left: map[types.UID]bool{},
+		resources: map[string]*resource{}, foreign: map[key]foreign{}, keep: map[key]*kept{}, left: map[types.UID]bool{}, unmanaged: map[types.UID]bool{},
 	}
 }
 

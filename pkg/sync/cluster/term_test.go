@@ -175,6 +175,7 @@ func TestAWorkerRestsWhereTheServerIsTooBusy(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- workersOf(ctx, s.term, 1, "x", s.targetQueue, busy)[0](ctx) }()
 		<-time.After(5*impsync.ThrottlePause + 1)
+		synctest.Wait()
 		require.Equal(t, 6, tries, "one a second, not all at once")
 		cancel()
 		s.targetQueue.ShutDown()

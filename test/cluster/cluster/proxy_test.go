@@ -384,7 +384,12 @@ func TestCompactEtcd(t *testing.T) {
 	old := version(t, maps)
 	_, err := maps.Create(t.Context(), configMap("one"), metav1.CreateOptions{})
 	require.NoError(t, err)
+	then := map[string]any{"key": "Lw==", "revision": old} // "/"
+	_, err = shared.callEtcd(t.Context(), "kv/range", then)
+	require.NoError(t, err)
 	require.NoError(t, shared.CompactEtcd(t.Context()))
+	_, err = shared.callEtcd(t.Context(), "kv/range", then)
+	require.ErrorContains(t, err, "has been compacted")
 	require.NoError(t, shared.StopAPIServer())
 	require.NoError(t, shared.StartAPIServer(t.Context()))
 
