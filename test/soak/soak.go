@@ -431,8 +431,8 @@ func (s *soak) cleanUp(failed bool) error {
 func (s *soak) keepLogs() error {
 	logs, err := filepath.Glob(filepath.Join(s.control.Dir(), "*.log"))
 	for _, log := range logs {
-		text, readErr := os.ReadFile(log) //nolint:gosec // of the control plane that was started here
-		err = errors.Join(err, readErr, os.WriteFile(filepath.Join(s.dir, filepath.Base(log)), text, 0o600))
+		text, readErr := os.ReadFile(log)                                                                    //nolint:gosec // of the control plane that was started here
+		err = errors.Join(err, readErr, os.WriteFile(filepath.Join(s.dir, filepath.Base(log)), text, 0o600)) //nolint:gosec // of this run
 	}
 	return err
 }
