@@ -27,8 +27,9 @@ const (
 	// be. client-go waits up to a minute before it tries a watch again, and longer the more
 	// often the API server was away of late.
 	settleTimeout = 90 * time.Second
-	// silence is how long nothing may be written once all is as it should be.
-	silence = 3 * time.Second
+	// calm is longer than a status waits for its next write, which may tell of what the
+	// model does not know; silence is how long nothing may be written after that.
+	calm, silence = 1500 * time.Millisecond, 3 * time.Second
 )
 
 // view is what there is.
@@ -222,6 +223,9 @@ func (s *soak) quiet(ctx context.Context) error {
 
 // silent makes sure that nothing is written for a while.
 func (s *soak) silent(ctx context.Context) error {
+	if err := pause(ctx, calm); err != nil {
+		return err
+	}
 	mark := s.control.Audit().Mark()
 	if err := pause(ctx, silence); err != nil {
 		return err

@@ -31,8 +31,9 @@ const (
 	callTimeout = 10 * time.Second
 	// within bounds everything that should only take moments.
 	within = time.Minute
-	// stepsInWindow are the changes between two quiet points, faultsInWindow the faults.
-	stepsInWindow, faultsInWindow = 28, 4
+	// changesInWindow are at least so many, and at most so many more, between two quiet
+	// points; faultsInWindow are the faults among them.
+	changesInWindow, moreChanges, faultsInWindow = 8, 32, 4
 	// recentActions are what a failure shows.
 	recentActions = 30
 )
@@ -215,7 +216,7 @@ func (s *soak) play(ctx context.Context) error {
 
 // trouble is one window: changes and faults in a random order, at short intervals.
 func (s *soak) trouble(ctx context.Context) error {
-	turns := append(slices.Repeat([]*deck{s.changes}, stepsInWindow), slices.Repeat([]*deck{s.faults}, faultsInWindow)...)
+	turns := append(slices.Repeat([]*deck{s.changes}, changesInWindow+s.random.IntN(moreChanges)), slices.Repeat([]*deck{s.faults}, faultsInWindow)...)
 	s.random.Shuffle(len(turns), func(i, j int) { turns[i], turns[j] = turns[j], turns[i] })
 	for i, d := range turns {
 		s.step++
