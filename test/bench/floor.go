@@ -141,11 +141,12 @@ func target(owner *v1alpha1.ImagePullSecret, counter uint64, password string) (i
 }
 
 func (p *plain) create(ctx context.Context, namespace string) error {
-	return p.apply(ctx, namespace, p.first.Body("", ""), false)
+	return p.apply(ctx, namespace, p.first.Body("", impsync.Absent), false)
 }
 
 func (p *plain) change(ctx context.Context, namespace string) error {
-	return p.apply(ctx, namespace, p.next.Body("", p.known(namespace).ResourceVersion), true)
+	m := p.known(namespace)
+	return p.apply(ctx, namespace, p.next.Body(m.UID, m.ResourceVersion), true)
 }
 
 func (p *plain) apply(ctx context.Context, namespace string, body []byte, force bool) error {

@@ -246,7 +246,11 @@ func (t *table) write(text *strings.Builder, markdown bool) {
 			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
 		}
 	}
-	fmt.Fprintf(text, "\n%s\n\n", t.title)
+	title := t.title
+	if markdown {
+		title = "**" + title + "**"
+	}
+	fmt.Fprintf(text, "\n%s\n\n", title)
 	for i, row := range t.rows {
 		var cells []string
 		for column, cell := range row {

@@ -58,6 +58,9 @@ target:
 	for _, namespace := range u.namespaces {
 		u.secrets[namespace] = u.has(namespace, "one.example.com").UID
 	}
+	for _, namespace := range u.namespaces[1:] {
+		u.demanded(namespace) // which is up to a second after the Secret
+	}
 	u.ready(r.Name, 3)
 	u.written(from[len(from)-1])
 	u.mark = u.control.Audit().Mark()

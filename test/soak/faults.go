@@ -137,7 +137,7 @@ func killComponent(stop func(*cluster.Cluster) error, start func(*cluster.Cluste
 			if err := m.end(true); err != nil {
 				return "", err
 			}
-			if err := m.run(); err != nil {
+			if err := m.run(ctx); err != nil {
 				return "", err
 			}
 		}

@@ -54,7 +54,7 @@ func (s *soak) recruit(ctx context.Context, binary string) error {
 		}
 		m := &member{name: name, node: node, start: func() (*imps.Process, error) { return imps.Start(ctx, s.control, binary, s.dir, spec) }}
 		s.fleet.members = append(s.fleet.members, m)
-		return m.run()
+		return m.run(ctx)
 	}
 	for _, name := range []string{"coordinator-1", "coordinator-2"} {
 		spec, err := imps.Coordinator(ctx, s.control)
@@ -77,10 +77,16 @@ func (s *soak) recruit(ctx context.Context, binary string) error {
 	return nil
 }
 
-func (m *member) run() (err error) {
-	m.process, err = m.start()
+// run starts it, and waits until it serves, whatever else: before, SIGTERM is no orderly end.
+func (m *member) run(ctx context.Context) (err error) {
+	if m.process, err = m.start(); err != nil {
+		return err
+	}
 	m.down = false
-	return err
+	return until(ctx, "start "+m.name, func(ctx context.Context) error {
+		_, err := m.process.Metrics(ctx)
+		return err
+	})
 }
 
 func (m *member) end(crash bool) error {
@@ -223,15 +229,22 @@ func quarters(samples []sample, of func(sample) int) (first, last int) {
 	return median(samples[:n]), median(samples[len(samples)-n:])
 }
 
-// uses are what must not grow, with what it may grow by beside a half.
+// uses are what must not grow, with what it may grow by beside a half; peak: at no time, for
+// a process that is started anew hides what the one before has leaked.
 var uses = []struct {
 	name string
 	of   func(sample) int
 	room int
+	peak bool
 }{
-	{"goroutines", func(s sample) int { return s.goroutines }, 40},
-	{"file descriptors", func(s sample) int { return s.descriptors }, 15},
-	{"MiB resident", func(s sample) int { return s.residentMiB }, 60},
+	{"goroutines", func(s sample) int { return s.goroutines }, 40, true},
+	{"file descriptors", func(s sample) int { return s.descriptors }, 15, true},
+	{"MiB resident", func(s sample) int { return s.residentMiB }, 60, false},
+}
+
+// peak is the most that was used.
+func peak(samples []sample, of func(sample) int) int {
+	return of(slices.MaxFunc(samples, func(a, b sample) int { return cmp.Compare(of(a), of(b)) }))
 }
 
 // flat returns an error where a role uses more at the end than at the beginning.
@@ -239,8 +252,12 @@ func (f *fleet) flat() error {
 	var errs []error
 	for _, role := range slices.Sorted(maps.Keys(f.samples)) {
 		for _, use := range uses {
-			if first, last := quarters(f.samples[role], use.of); last > first+first/2+use.room {
-				errs = append(errs, fmt.Errorf("%s: %d %s in the first quarter, %d in the last", role, first, use.name, last))
+			first, later := quarters(f.samples[role], use.of)
+			if use.peak {
+				later = peak(f.samples[role], use.of)
+			}
+			if later > first+first/2+use.room {
+				errs = append(errs, fmt.Errorf("%s: %d %s in the first quarter, %d later", role, first, use.name, later))
 			}
 		}
 	}
@@ -253,8 +270,7 @@ func (f *fleet) tell(say func(string, ...any)) {
 		var parts []string
 		for _, use := range uses {
 			first, last := quarters(f.samples[role], use.of)
-			most := use.of(slices.MaxFunc(f.samples[role], func(a, b sample) int { return cmp.Compare(use.of(a), use.of(b)) }))
-			parts = append(parts, fmt.Sprintf("%s %d, %d (at most %d)", use.name, first, last, most))
+			parts = append(parts, fmt.Sprintf("%s %d, %d (at most %d)", use.name, first, last, peak(f.samples[role], use.of)))
 		}
 		say("%-13s first and last quarter: %s", role, strings.Join(parts, "; "))
 	}
@@ -289,7 +305,7 @@ func (s *soak) restart(slot string, crash bool, steps int, d time.Duration, memb
 	var errs []error
 	for _, m := range members {
 		errs = append(errs, m.end(crash))
-		s.later("start "+m.name, slot, steps, d, func(context.Context) error { return m.run() })
+		s.later("start "+m.name, slot, steps, d, m.run)
 	}
 	return errors.Join(errs...)
 }

@@ -242,10 +242,10 @@ func (s *soak) trouble(ctx context.Context) error {
 	return s.healDue(ctx, true)
 }
 
-// draw plays the next card that there is something to do for.
+// draw plays the next card that there is something to do for; the others stay in the deck.
 func (s *soak) draw(ctx context.Context, d *deck) error {
-	for range 2 * len(d.cards) {
-		c := d.next(s.random)
+	for i := range 2 * d.size {
+		c := d.peek(i, s.random)
 		what, err := c.play(ctx, s)
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
@@ -253,6 +253,7 @@ func (s *soak) draw(ctx context.Context, d *deck) error {
 		if what == "" {
 			continue
 		}
+		d.left = slices.Delete(d.left, i, i+1)
 		s.played[c.name]++
 		s.note(c.name, what)
 		return nil
@@ -313,21 +314,28 @@ type card struct {
 // deck deals every card before any comes again.
 type deck struct {
 	cards []card
+	size  int // with each card as often as it says
 	left  []int
 }
 
-func newDeck(cards []card) *deck { return &deck{cards: cards} }
-
-func (d *deck) next(random *rand.Rand) card {
-	if len(d.left) == 0 {
-		for i, c := range d.cards {
-			d.left = append(d.left, slices.Repeat([]int{i}, c.times)...)
-		}
-		random.Shuffle(len(d.left), func(i, j int) { d.left[i], d.left[j] = d.left[j], d.left[i] })
+func newDeck(cards []card) *deck {
+	d := &deck{cards: cards}
+	for _, c := range cards {
+		d.size += c.times
 	}
-	c := d.cards[d.left[0]]
-	d.left = d.left[1:]
-	return c
+	return d
+}
+
+// peek returns the i-th card that is left. Where there are not so many, they are dealt anew.
+func (d *deck) peek(i int, random *rand.Rand) card {
+	if i == len(d.left) {
+		for n, c := range d.cards {
+			d.left = append(d.left, slices.Repeat([]int{n}, c.times)...)
+		}
+		dealt := d.left[i:]
+		random.Shuffle(len(dealt), func(a, b int) { dealt[a], dealt[b] = dealt[b], dealt[a] })
+	}
+	return d.cards[d.left[i]]
 }
 
 // unplayed is a card that was not played yet.
@@ -344,7 +352,9 @@ func (s *soak) unplayed() string {
 func (s *soak) note(name, what string) {
 	action := fmt.Sprintf("%6.1f s  step %d  %s: %s", time.Since(s.began).Seconds(), s.step, name, what)
 	s.actions = append(s.actions, action)
-	_, _ = fmt.Fprintln(s.log, action) // for people only
+	if s.log != nil {
+		_, _ = fmt.Fprintln(s.log, action) // for people only
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.line = fmt.Sprintf("step %d, %d quiet points; last: %s: %s", s.step, len(s.settled), name, what)
