@@ -67,17 +67,33 @@ type Audit struct {
 // Mark is a position in the audit log.
 type Mark int64
 
-// Mark returns the current end of the log. The events of all requests whose
-// answers have been read to their end lie before it, since the API server
-// writes an event before it ends the answer.
+// Mark returns the end of the last finished line of the log. The events of all
+// requests whose answers have been read to their end lie before it, since the
+// API server writes an event before it ends the answer. A line that is being
+// written, whose beginning may be in the file already, lies behind it.
 func (a *Audit) Mark() Mark {
-	info, err := os.Stat(a.path)
+	mark, err := a.end()
 	if err != nil {
 		// The file is made before the API server starts: it is missing only
 		// after Stop, when there is nothing to count.
 		return 0
 	}
-	return Mark(info.Size())
+	return mark
+}
+
+// end returns where the last finished line ends.
+func (a *Audit) end() (Mark, error) {
+	const longest = 1 << 20 // bytes; far more than any line has
+	info, err := os.Stat(a.path)
+	if err != nil {
+		return 0, fmt.Errorf("find the end of the audit log: %w", err)
+	}
+	tail := Mark(max(info.Size()-longest, 0))
+	text, err := a.read(tail)
+	if err != nil {
+		return 0, err
+	}
+	return tail + Mark(bytes.LastIndexByte(text, '\n')+1), nil
 }
 
 // Since returns the events after the mark in the order in which they were
@@ -122,14 +138,11 @@ func (a *Audit) read(mark Mark) ([]byte, error) {
 // next one's first event would be appended to it. Its request was never
 // answered.
 func (a *Audit) dropPartial() error {
-	const longest = 1 << 20 // bytes; far more than any line has
-	mark := max(a.Mark()-longest, 0)
-	text, err := a.read(mark)
+	end, err := a.end()
 	if err != nil {
 		return err
 	}
-	end := int64(mark) + int64(bytes.LastIndexByte(text, '\n')+1)
-	if err := os.Truncate(a.path, end); err != nil {
+	if err := os.Truncate(a.path, int64(end)); err != nil {
 		return fmt.Errorf("cut the audit log: %w", err)
 	}
 	return nil

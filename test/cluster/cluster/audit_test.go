@@ -97,6 +97,16 @@ func TestAuditFile(t *testing.T) {
 		require.Len(t, events, 1)
 	})
 
+	t.Run("a line that is half written at a mark is read whole after it", func(t *testing.T) {
+		t.Parallel()
+		audit := log(t, line+line[:20])
+		mark := audit.Mark()
+		require.NoError(t, os.WriteFile(audit.path, []byte(line+line), 0o600))
+		events, err := audit.Since(mark)
+		require.NoError(t, err)
+		require.Len(t, events, 1)
+	})
+
 	t.Run("a line that will never be finished is dropped", func(t *testing.T) {
 		t.Parallel()
 		audit := log(t, line+`{"auditID":"2`)
