@@ -153,7 +153,7 @@ func (b *bench) measure(ctx context.Context) (err error) {
 	defer b.watcher.stop()
 	if !b.settings.quick {
 		b.say("waiting until the garbage collector knows of ImagePullSecrets")
-		if err := await(ctx, b.collectorKnows); err != nil {
+		if err := imps.AwaitCollector(ctx, b.control); err != nil {
 			return err
 		}
 	}

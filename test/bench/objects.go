@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -17,7 +16,6 @@ import (
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	impsync "github.com/imps-node/imps/pkg/sync"
-	"github.com/imps-node/imps/test/cluster/cluster"
 	"github.com/imps-node/imps/test/imps"
 )
 
@@ -184,20 +182,4 @@ func (b *bench) isReady(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// collectorKnows returns nil once the garbage collector watches ImagePullSecrets. It looks
-// for new kinds every 30 s; until then, it asks for every Secret with such an owner again
-// and again.
-func (b *bench) collectorKnows(context.Context) error {
-	events, err := b.control.Audit().Since(0)
-	if err != nil {
-		return err
-	}
-	if slices.ContainsFunc(events, func(e cluster.Event) bool {
-		return e.Resource == v1alpha1.Resource.Resource && e.Verb == "watch" && e.User != "admin"
-	}) {
-		return nil
-	}
-	return errors.New("the garbage collector does not watch ImagePullSecrets")
 }

@@ -183,6 +183,7 @@ func typed(t *testing.T, object *unstructured.Unstructured) *v1alpha1.ImagePullS
 
 func (s *system) deleteResource(r *v1alpha1.ImagePullSecret, policy metav1.DeletionPropagation) {
 	s.t.Helper()
+	require.NoError(s.t, imps.AwaitCollector(s.t.Context(), control))
 	require.NoError(s.t, s.dynamic.Resource(v1alpha1.Resource).Delete(s.t.Context(), r.Name, metav1.DeleteOptions{PropagationPolicy: &policy}))
 }
 

@@ -372,6 +372,31 @@ func TestALoserThatGoesTakesNothingWithIt(t *testing.T) {
 	ours(t, secret, older.UID)
 }
 
+// The older of two claimants goes, and the younger ceases to select the namespace, while
+// nobody leads: the younger's owner reference keeps the garbage collector from the Secret,
+// and with its rendered Secret the trace is lost that it ever claimed it.
+func TestASecretThatWasNeverHandedOverGoesWhereNobodyWantsIt(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	shared, own := s.namespace(nil, nil), s.namespace(nil, nil)
+	coordinator := s.coordinator()
+	older := s.resource(s.prefix+"-a", spec(`  namespaces: {names: [`+shared+`]}`))
+	younger := s.resource(s.prefix+"-b", spec(`  namespaces: {names: [`+shared+`, `+own+`]}`))
+	s.failed(younger.Name, shared, "the older ImagePullSecret "+older.Name)
+	s.owners(shared, 2)
+	coordinator.stop()
+
+	s.deleteResource(older.Name, metav1.DeletePropagationBackground)
+	s.owners(shared, 1)
+	require.Equal(t, string(older.UID), s.has(shared, "registry.one").Labels[impsync.LabelOwnerUID])
+	s.change(younger.Name, `spec: {target: {namespaces: {names: [`+own+`]}}}`)
+	require.NoError(t, s.core.CoreV1().Secrets(renderedNamespace).Delete(t.Context(), impsync.RenderedName(younger.UID), metav1.DeleteOptions{}))
+	s.coordinator()
+	s.lacks(shared)
+	s.ready(younger.Name, 1)
+	s.has(own, "registry.one")
+}
+
 func TestAnOrphanedSecretStaysAndIsAdoptedAnew(t *testing.T) {
 	s := newSystem(t)
 	s.source("hub", dockerConfig("registry.one"))

@@ -155,8 +155,8 @@ func (t *term) enqueueNamespaces(name string) {
 }
 
 // enqueueTargetsOf has everything looked at that concerns a claim as it is now: where it
-// has an outcome, be it that another claims the Secret, and all its Secrets, also those of
-// an earlier name. The caller holds the lock.
+// has an outcome, be it that another claims the Secret, and all Secrets that are its own or
+// carry its owner reference, also those of an earlier name. The caller holds the lock.
 func (t *term) enqueueTargetsOf(c *claim) {
 	if name := c.rendered.Target.Name(); name != "" {
 		for namespace := range c.outcomes {
@@ -165,7 +165,7 @@ func (t *term) enqueueTargetsOf(c *claim) {
 	}
 	for name, mirror := range t.targets {
 		mirror.Range(func(key types.NamespacedName, x impsync.Existing) bool {
-			if x.OwnerUID == c.ref.UID {
+			if x.OwnerUID == c.ref.UID || x.HasOwner(c.ref.UID) {
 				t.enqueueTarget(targetKey{key.Namespace, name})
 			}
 			return true
@@ -485,6 +485,16 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 	orphaned, gone := t.gone[existing.OwnerUID]
 	if gone && !orphaned && existing.HasOwner(existing.OwnerUID) {
 		return d
+	}
+	if t.byUID[existing.OwnerUID] == nil && !orphaned && existing.Ownership == impsync.Ours && existing.Revision.UID == existing.OwnerUID {
+		// It was to be handed over to one that claimed it as well, and whose owner
+		// reference holds it; by now that one does not want it either.
+		for _, uid := range existing.OwnerReferences {
+			if c := t.claims[uid]; c != nil && t.inForce(uid) && (c.withdrawn || !c.rendered.Target.IsZero()) {
+				d.winner, d.confirm = c, c.selection != nil && c.selection.HasPodRules()
+				return d
+			}
+		}
 	}
 	// The owner is going, or was gone before this term: the garbage collector knows. Or
 	// its Secrets were orphaned: they stay until a resource that selects them adopts them.

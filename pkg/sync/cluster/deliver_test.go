@@ -385,6 +385,53 @@ func TestDecideAboutSecretsOfADeletedResource(t *testing.T) {
 	}
 }
 
+// The winner was deleted, and the loser ceased to select the namespace, before anybody led
+// to hand the Secret over. The loser's owner reference holds it.
+func TestDecideAboutASecretOfADeadResourceThatAnotherHasClaimed(t *testing.T) {
+	t.Parallel()
+	tests := map[string]struct {
+		change func(*situation, *claim)
+		verb   verb
+	}{
+		"it goes": {func(*situation, *claim) {}, remove},
+		"not while it is not known what the other wants": {func(s *situation, other *claim) {
+			other.rendered, other.unread = impsync.Rendered{}, true
+		}, leave},
+		"the other asks for nothing any more": {func(s *situation, other *claim) {
+			other.rendered, other.withdrawn = impsync.Rendered{}, true
+		}, remove},
+		"the other is dead, too: the collector knows": {func(s *situation, other *claim) {
+			delete(s.byUID, other.ref.UID)
+			delete(s.claims, other.ref.UID)
+		}, leave},
+		"its own was orphaned": {func(s *situation, _ *claim) { s.gone["uid-a"] = true }, leave},
+		"its own is going still": {func(s *situation, _ *claim) {
+			r, now := resource(s.t, "a", 0, byName), metav1.Now()
+			r.DeletionTimestamp = &now
+			s.byUID["uid-a"] = r
+		}, leave},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				winner := s.claimOf(t, resource(t, "a", 0, byName), 7)
+				s.there(winner, func(m *metav1.PartialObjectMetadata) { m.OwnerReferences[0].UID = "uid-b" })
+				delete(s.byUID, "uid-a")
+				delete(s.claims, "uid-a")
+				delete(s.byTarget["pull"], "uid-a")
+				other := s.claimOf(t, resource(t, "b", 1, byNone), 3)
+				test.change(s, other)
+				d := s.decides()
+				require.Equal(t, test.verb, d.verb, d.verb)
+				if d.verb == remove {
+					require.Same(t, other, d.winner)
+					require.Empty(t, d.owners, "it has the reference of the one that is asked about")
+				}
+			})
+		})
+	}
+}
+
 func TestDecideTakesOverWhatADeadResourceLeft(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		was := resource(t, "a", 0, byName)
