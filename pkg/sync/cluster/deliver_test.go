@@ -394,10 +394,10 @@ func TestDecideAboutASecretOfADeadResourceThatAnotherHasClaimed(t *testing.T) {
 		verb   verb
 	}{
 		"it goes": {func(*situation, *claim) {}, remove},
-		"not while it is not known what the other wants": {func(s *situation, other *claim) {
+		"not while it is not known what the other wants": {func(_ *situation, other *claim) {
 			other.rendered, other.unread = impsync.Rendered{}, true
 		}, leave},
-		"the other asks for nothing any more": {func(s *situation, other *claim) {
+		"the other asks for nothing any more": {func(_ *situation, other *claim) {
 			other.rendered, other.withdrawn = impsync.Rendered{}, true
 		}, remove},
 		"the other is dead, too: the collector knows": {func(s *situation, other *claim) {
