@@ -34,7 +34,7 @@ const (
 	within = 30 * time.Second
 	// quiet is how long nothing may be written once all is done. It is longer than a
 	// status waits for its next write.
-	quiet = 1100 * time.Millisecond
+	quiet = 1600 * time.Millisecond
 	// linger replaces the minute that a Secret stays after the last Pod.
 	linger = 2 * time.Second
 
@@ -183,7 +183,6 @@ func typed(t *testing.T, object *unstructured.Unstructured) *v1alpha1.ImagePullS
 
 func (s *system) deleteResource(r *v1alpha1.ImagePullSecret, policy metav1.DeletionPropagation) {
 	s.t.Helper()
-	require.NoError(s.t, imps.AwaitCollector(s.t.Context(), control))
 	require.NoError(s.t, s.dynamic.Resource(v1alpha1.Resource).Delete(s.t.Context(), r.Name, metav1.DeleteOptions{PropagationPolicy: &policy}))
 }
 

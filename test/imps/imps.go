@@ -61,6 +61,11 @@ func Install(ctx context.Context, root string, control *cluster.Cluster, values 
 	if err := control.Apply(ctx, crds); err != nil {
 		return err
 	}
+	// The garbage collector looks for new kinds every 30 s only, a new one at once. Until
+	// then, what belongs to a resource is neither collected nor orphaned.
+	if err := control.RestartControllerManager(ctx); err != nil {
+		return err
+	}
 	helm, err := output(ctx, filepath.Join(root, "hack/tool"), "helm")
 	if err != nil {
 		return err

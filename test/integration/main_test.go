@@ -8,9 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 
@@ -18,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/imps-node/imps/test/cluster/cluster"
+	"github.com/imps-node/imps/test/imps"
 )
 
 const (
@@ -106,32 +105,5 @@ func run(m *testing.M) (code int, err error) {
 // install applies what the chart renders: CRD, namespaces, identities and their rights.
 // The workloads stay objects, since no kubelet runs them: tests run the duties themselves.
 func install(ctx context.Context, c *cluster.Cluster) error {
-	manifests, err := render(ctx, "targetSecretNames={"+secretName+","+otherSecretName+"}")
-	if err != nil {
-		return err
-	}
-	return c.Apply(ctx, manifests)
-}
-
-func render(ctx context.Context, set ...string) ([]byte, error) {
-	root := filepath.Join("..", "..")
-	tool := exec.CommandContext(ctx, filepath.Join(root, "hack", "tool"), "helm")
-	tool.Stderr = os.Stderr
-	helm, err := tool.Output()
-	if err != nil {
-		return nil, fmt.Errorf("build helm: %w", err)
-	}
-	args := []string{"template", "imps", filepath.Join(root, "deploy", "daemonset"), "--include-crds", "--namespace", systemNamespace,
-		"--set", "createNamespaces.release=true,createNamespaces.sources=true"}
-	for _, s := range set {
-		args = append(args, "--set", s)
-	}
-	var stderr bytes.Buffer
-	command := exec.CommandContext(ctx, strings.TrimSpace(string(helm)), args...)
-	command.Stderr = &stderr
-	manifests, err := command.Output()
-	if err != nil {
-		return nil, fmt.Errorf("helm template: %w: %s", err, stderr.String())
-	}
-	return manifests, nil
+	return imps.Install(ctx, filepath.Join("..", ".."), c, "targetSecretNames={"+secretName+","+otherSecretName+"}")
 }

@@ -33,7 +33,6 @@ import (
 	clusterduty "github.com/imps-node/imps/pkg/sync/cluster"
 	nodeduty "github.com/imps-node/imps/pkg/sync/node"
 	"github.com/imps-node/imps/test/cluster/cluster"
-	"github.com/imps-node/imps/test/imps"
 )
 
 const (
@@ -340,7 +339,6 @@ func (s *system) change(name, patch string) {
 
 func (s *system) deleteResource(name string, policy metav1.DeletionPropagation) {
 	s.t.Helper()
-	require.NoError(s.t, imps.AwaitCollector(s.t.Context(), s.control))
 	require.NoError(s.t, s.dynamic.Resource(v1alpha1.Resource).Delete(s.t.Context(), name, metav1.DeleteOptions{PropagationPolicy: &policy}))
 }
 

@@ -128,7 +128,6 @@ func (s *soak) setUp(ctx context.Context) error {
 	if s.control, err = cluster.Run(ctx, cluster.WithProgress(s.out)); err != nil {
 		return err
 	}
-	// Before the binary is built: the garbage collector takes up to 30 s to see the CRD.
 	err = imps.Install(ctx, root, s.control, "targetSecretNames={"+strings.Join(targets, ",")+"}", "excludedNamespaces={kube-*,excluded-*}")
 	if err != nil {
 		return err

@@ -20,6 +20,7 @@ import (
 	"syscall"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
@@ -391,8 +392,40 @@ func (c *Cluster) StartEtcd(ctx context.Context) error {
 	return c.awaitReady(ctx)
 }
 
+// RestartControllerManager kills the controller manager and starts it again,
+// with more flags after the package's own, so that they win. It returns when
+// the garbage collector works, and knows every kind that is there.
+func (c *Cluster) RestartControllerManager(ctx context.Context, flags ...string) error {
+	if err := c.halt(ControllerManager); err != nil {
+		return err
+	}
+	manager := c.processes[ControllerManager]
+	manager.args = append(controllerManagerArgs(), flags...)
+	if err := manager.start(); err != nil {
+		return err
+	}
+	const name = "imps-test-garbage"
+	maps := c.client.CoreV1().ConfigMaps(metav1.NamespaceDefault)
+	garbage := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, OwnerReferences: []metav1.OwnerReference{
+		{APIVersion: "v1", Kind: "ConfigMap", Name: "never-there", UID: "00000000-0000-0000-0000-000000000000"},
+	}}}
+	if _, err := maps.Create(ctx, garbage, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("create something to collect: %w", err)
+	}
+	return c.await(ctx, ControllerManager, func(ctx context.Context) error {
+		_, err := maps.Get(ctx, name, metav1.GetOptions{})
+		switch {
+		case apierrors.IsNotFound(err):
+			return nil
+		case err != nil:
+			return err
+		}
+		return errors.New("the garbage collector has collected nothing yet")
+	})
+}
+
 func (c *Cluster) halt(name Component) error {
-	if !c.processes[name].kill() {
+	if p := c.processes[name]; p == nil || !p.kill() {
 		return fmt.Errorf("stop %s: %w", name, ErrNotRunning)
 	}
 	return nil

@@ -189,6 +189,13 @@ func TestFaults(t *testing.T) {
 
 	t.Run("garbage collection goes on after all that", requireGarbageCollection)
 
+	t.Run("a controller manager with other flags collects garbage as well", func(t *testing.T) {
+		require.NoError(t, shared.RestartControllerManager(t.Context(), "--kube-api-qps=20", "--kube-api-burst=30"))
+		requireGarbageCollection(t)
+		require.NoError(t, shared.RestartControllerManager(t.Context()))
+		requireGarbageCollection(t)
+	})
+
 	t.Run("an unknown component cannot be signalled", func(t *testing.T) {
 		require.ErrorIs(t, shared.Signal("kubelet", syscall.SIGTERM), ErrNotRunning)
 	})
