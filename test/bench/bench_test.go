@@ -15,7 +15,7 @@ import (
 // It asserts counts only: times depend on who else uses the machine.
 func TestBenchCountsOneWriteForEachSecretAndChange(t *testing.T) {
 	const each = 10 // namespaces
-	s := settings{sizes: []string{"small"}, namespaces: each, repeats: 1, rate: 20, idle: time.Second, quick: true}
+	s := settings{sizes: []string{"small"}, namespaces: each, repeats: 1, rate: 20, idle: time.Second}
 	var progress bytes.Buffer
 	r, err := measure(t.Context(), s, &progress)
 	require.NoError(t, err, progress.String())

@@ -32,7 +32,6 @@ type settings struct {
 	json       string
 	markdown   bool
 	profile    string
-	quick      bool
 }
 
 func parse(args []string, stderr io.Writer) (settings, error) {
@@ -48,7 +47,6 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	flags.StringVar(&s.json, "json", "", "write every figure of every run to this `file`")
 	flags.BoolVar(&s.markdown, "markdown", false, "print the tables of docs/benchmarks.md")
 	flags.StringVar(&s.profile, "profile", "", "write CPU and heap profiles of each process and phase to this `folder`; it costs time")
-	flags.BoolVar(&s.quick, "quick", false, "do not wait, some 30 s, until the garbage collector knows of ImagePullSecrets; before that, it disturbs")
 	if err := flags.Parse(args); err != nil {
 		return s, err
 	}
