@@ -84,6 +84,12 @@ func (s *Secrets) Delete(ctx context.Context, namespace, name string, uid types.
 		SetHeader("Content-Type", runtime.ContentTypeJSON).MaxRetries(0).Body(options).Do(ctx).Error()
 }
 
+// Peek returns the metadata of a Secret as it was a moment ago: from the API server's
+// memory, where Get asks etcd.
+func (s *Secrets) Peek(ctx context.Context, namespace, name string) (*metav1.PartialObjectMetadata, error) {
+	return s.metadata.Resource(SecretResource).Namespace(namespace).Get(ctx, name, metav1.GetOptions{ResourceVersion: "0"})
+}
+
 // ListWatch lists and watches the Secrets of one name in all namespaces, which is what
 // RBAC can allow by name.
 func (s *Secrets) ListWatch(name string) cache.ListerWatcher {

@@ -16,6 +16,8 @@ import (
 // A namespace is selected when any namespace rule matches it, or any Pod rule matches
 // a Pod in it; inside one entry everything must match (banzaicloud/imps's semantics).
 type Selection struct {
+	// all: there is an empty entry, which matches every namespace.
+	all         bool
 	names       map[string]struct{}
 	labels      []labels.Selector
 	annotations []annotationMatcher
@@ -42,6 +44,8 @@ func CompileSelection(namespaces v1alpha1.NamespaceSelector, pods v1alpha1.PodSe
 	if err := errors.Join(append(bad, badAnnotations...)...); err != nil {
 		return nil, nil, err
 	}
+	s.all = slices.ContainsFunc(s.labels, labels.Selector.Empty) ||
+		slices.ContainsFunc(s.annotations, func(m annotationMatcher) bool { return len(m) == 0 })
 	s.podLabels, skipped = compileLabels("namespacesWithPods.labels", pods.Labels)
 	s.podAnnotations, bad = compileAnnotations("namespacesWithPods.annotations", pods.Annotations)
 	return s, append(skipped, bad...), nil
@@ -61,11 +65,18 @@ func compileLabels(field string, entries []metav1.LabelSelector) (compiled []lab
 
 // SelectsByRule reports whether a namespace rule selects the namespace.
 func (s *Selection) SelectsByRule(name string, nsLabels, nsAnnotations map[string]string) bool {
-	if _, ok := s.names[name]; ok {
-		return true
-	}
-	return matches(s.labels, s.annotations, nsLabels, nsAnnotations)
+	return s.SelectsByName(name) || matches(s.labels, s.annotations, nsLabels, nsAnnotations)
 }
+
+// SelectsByName reports whether a namespace rule selects the namespace whatever labels and
+// annotations it has.
+func (s *Selection) SelectsByName(name string) bool {
+	_, named := s.names[name]
+	return named || s.all
+}
+
+// HasMetadataRules reports whether labels or annotations of a namespace can select it.
+func (s *Selection) HasMetadataRules() bool { return len(s.labels)+len(s.annotations) > 0 }
 
 // HasPodRules reports whether Pods can select a namespace.
 func (s *Selection) HasPodRules() bool { return len(s.podLabels)+len(s.podAnnotations) > 0 }

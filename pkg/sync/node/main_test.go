@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -80,10 +81,10 @@ func newTestAgent(t *testing.T) *testAgent {
 	a.Agent = agent
 	a.queue = workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](50*time.Millisecond, time.Minute))
 	t.Cleanup(a.queue.ShutDown)
-	a.watchNamespace = func(name string, ns *namespace) {
+	a.watchNamespace = func(name string, _ *namespace) context.CancelFunc {
 		require.False(t, a.watched[name], "one watch for each namespace")
 		a.watched[name] = true
-		ns.stop = func() { delete(a.watched, name) }
+		return func() { delete(a.watched, name) }
 	}
 	return a
 }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -86,8 +87,8 @@ type Agent struct {
 	seen map[types.NamespacedName]time.Time
 	// namespaces are those with Pods here that wait: no other namespace's rules matter.
 	namespaces map[string]*namespace
-	// watchNamespace starts the watch of one namespace. Run sets it.
-	watchNamespace func(name string, ns *namespace)
+	// watchNamespace starts the watch of one namespace, and returns what ends it. Run sets it.
+	watchNamespace func(name string, ns *namespace) context.CancelFunc
 }
 
 // pod is what is kept of a Pod.
@@ -113,7 +114,9 @@ type selecting struct {
 // namespace is a namespace with Pods on this node that wait.
 type namespace struct {
 	waiting int
-	stop    context.CancelFunc
+	// stop ends its watch; nil where it is not watched, since nothing depends on its labels
+	// and annotations.
+	stop context.CancelFunc
 	// known is the last metadata that was read; nil before.
 	known *namespaceMeta
 }
@@ -215,9 +218,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		cancel(nil)
 		watches.Wait()
 	}()
-	a.watchNamespace = func(name string, ns *namespace) {
+	a.watchNamespace = func(name string, ns *namespace) context.CancelFunc {
 		ctx, stop := context.WithCancel(ctx)
-		ns.stop = stop
 		mirror := a.namespaceMirror(name, ns)
 		watches.Go(func() {
 			err := impsync.RunTasks(ctx, func(ctx context.Context) error { mirror.Run(ctx); return nil })
@@ -225,6 +227,7 @@ func (a *Agent) Run(ctx context.Context) error {
 				cancel(err)
 			}
 		})
+		return stop
 	}
 
 	tasks := []func(context.Context) error{
@@ -304,14 +307,15 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 		if ns == nil {
 			ns = &namespace{}
 			a.namespaces[key.Namespace] = ns
-			a.watchNamespace(key.Namespace, ns)
 		}
 		ns.waiting++
 		a.seen[key] = time.Now()
 	case waited && !waits:
 		delete(a.seen, key)
 		if ns.waiting--; ns.waiting == 0 {
-			ns.stop()
+			if ns.stop != nil {
+				ns.stop()
+			}
 			delete(a.namespaces, key.Namespace)
 		}
 	}
@@ -450,15 +454,20 @@ func (a *Agent) serve(ctx context.Context, name string) error {
 	if oldest.IsZero() {
 		return nil
 	}
-	meta, err := a.readNamespace(ctx, name)
-	if err != nil {
-		return err
+	meta := a.knownNamespace(name)
+	wanted, decided := a.wanted(name, meta, pods)
+	if !decided {
+		var err error
+		if meta, err = a.readNamespace(ctx, name); err != nil {
+			return err
+		}
+		wanted, _ = a.wanted(name, meta, pods)
 	}
-	if meta.terminating {
+	if meta != nil && meta.terminating {
 		return nil
 	}
 	var errs []error
-	for _, target := range a.wanted(name, meta, pods) {
+	for _, target := range wanted {
 		created, err := a.ensure(ctx, name, target)
 		errs = append(errs, err)
 		if created {
@@ -491,14 +500,27 @@ func (a *Agent) podsOf(namespace string) (pods []pod, oldest time.Time) {
 	return pods, oldest
 }
 
-// readNamespace returns what the watch of the namespace knows. Until that has brought
-// something, it asks: a watch may take a while to start.
+// knownNamespace returns what is known of a namespace, nil where that is nothing.
+func (a *Agent) knownNamespace(name string) *namespaceMeta {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if ns := a.namespaces[name]; ns != nil {
+		return ns.known
+	}
+	return nil
+}
+
+// readNamespace starts the watch of the namespace, where there is none, and returns what it
+// knows. Until it has brought something, that is asked for: a watch may take a while to start.
 func (a *Agent) readNamespace(ctx context.Context, name string) (*namespaceMeta, error) {
 	a.mu.Lock()
 	ns := a.namespaces[name]
 	if ns == nil {
 		a.mu.Unlock()
 		return &namespaceMeta{terminating: true}, nil // no Pod of it waits any more
+	}
+	if ns.stop == nil {
+		ns.stop = a.watchNamespace(name, ns)
 	}
 	known := ns.known
 	a.mu.Unlock()
@@ -522,25 +544,34 @@ func (a *Agent) readNamespace(ctx context.Context, name string) (*namespaceMeta,
 }
 
 // wanted returns the targets that the namespace should have: for each name, the one of the
-// oldest resource that selects the namespace.
-func (a *Agent) wanted(name string, meta *namespaceMeta, pods []pod) map[string]*selecting {
+// oldest resource that selects the namespace. Where meta is nil, it goes by names and Pods
+// alone, and decided tells whether labels and annotations could not decide otherwise.
+func (a *Agent) wanted(name string, meta *namespaceMeta, pods []pod) (winners map[string]*selecting, decided bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	winners := map[string]*selecting{}
+	winners = map[string]*selecting{}
+	wins := func(candidate *selecting) bool {
+		winner := winners[candidate.Target.Name()]
+		return winner == nil || candidate.Resource.Compare(winner.Resource) < 0
+	}
+	var open []*selecting
 	for _, candidate := range a.active {
-		if !candidate.selects(name, meta, pods) {
-			continue
-		}
-		target := candidate.Target.Name()
-		if winner := winners[target]; winner == nil || candidate.Resource.Compare(winner.Resource) < 0 {
-			winners[target] = candidate
+		switch {
+		case candidate.selects(name, meta, pods):
+			if wins(candidate) {
+				winners[candidate.Target.Name()] = candidate
+			}
+		case meta == nil && candidate.selection.HasMetadataRules():
+			open = append(open, candidate)
 		}
 	}
-	return winners
+	return winners, !slices.ContainsFunc(open, wins)
 }
 
+// selects reports whether the resource selects the namespace, where meta is nil by its name
+// or its Pods.
 func (s *selecting) selects(name string, meta *namespaceMeta, pods []pod) bool {
-	if s.selection.SelectsByRule(name, meta.labels, meta.annotations) {
+	if s.selection.SelectsByName(name) || meta != nil && s.selection.SelectsByRule(name, meta.labels, meta.annotations) {
 		return true
 	}
 	for _, p := range pods {
@@ -557,7 +588,7 @@ func (a *Agent) ensure(ctx context.Context, namespace string, s *selecting) (cre
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	name := s.Target.Name()
-	m, err := a.secrets.Get(ctx, namespace, name)
+	m, err := a.secrets.Peek(ctx, namespace, name)
 	if apierrors.IsNotFound(err) {
 		m, err = a.secrets.Create(ctx, namespace, s.Target)
 		a.config.Metrics.SecretWrite(duty, "create", err)

@@ -26,6 +26,9 @@ const (
 	everywhere = `{secret: {name: pull}, namespaces: {labels: [{}]}}`
 	byPods     = `{secret: {name: pull}, namespacesWithPods: {labels: [{matchLabels: {app: web}}]}}`
 	byName     = `{secret: {name: pull}, namespaces: {names: [a]}}`
+	byLabel    = `{secret: {name: pull}, namespaces: {labels: [{matchLabels: {team: red}}]}}`
+
+	byLabelOrPods = `{secret: {name: pull}, namespaces: {labels: [{matchLabels: {team: red}}]}, namespacesWithPods: {labels: [{matchLabels: {app: web}}]}}`
 )
 
 var web = map[string]string{"app": "web"}
@@ -159,14 +162,21 @@ func TestOnlyARenderedSecretIsTakenForOne(t *testing.T) {
 	}
 }
 
-func TestANamespaceIsWatchedWhilePodsWaitInIt(t *testing.T) {
+func TestANamespaceIsWatchedWhilePodsWaitInItAndItsLabelsMatter(t *testing.T) {
 	inBubble(t, func(t *testing.T, a *testAgent) {
+		a.serves(rendered(t, "r", 0, byLabel, 7))
+		serve := func(watched bool, why string) {
+			t.Helper()
+			_ = a.serve(t.Context(), "a") // there is no server to answer
+			require.Equal(t, watched, a.watched["a"], why)
+		}
 		a.pod("a", "1", &pod{waiting: true})
 		a.pod("a", "2", &pod{waiting: true})
 		a.pod("b", "1", &pod{})
-		require.Equal(t, map[string]bool{"a": true}, a.watched, "nothing waits in b")
-		require.Equal(t, []string{"a"}, a.queued())
+		require.Equal(t, []string{"a"}, a.queued(), "nothing waits in b")
 		require.True(t, a.isDirty())
+		serve(true, "its labels may select it")
+		serve(true, "and again")
 
 		a.pod("a", "1", nil)
 		require.True(t, a.watched["a"])
@@ -176,8 +186,16 @@ func TestANamespaceIsWatchedWhilePodsWaitInIt(t *testing.T) {
 		require.Empty(t, a.watched, "it has started")
 		require.NotContains(t, a.namespaces, "a")
 		a.pod("a", "3", &pod{waiting: true})
-		require.True(t, a.watched["a"], "and again")
 		require.Nil(t, a.namespaces["a"].known, "what was known of it is forgotten")
+		serve(true, "another Pod waits")
+
+		a.pod("a", "3", nil)
+		a.serves(rendered(t, "r", 0, byLabelOrPods, 8))
+		a.pod("a", "4", &pod{waiting: true, labels: web})
+		serve(false, "its Pods select it")
+		a.pod("a", "4", &pod{waiting: true})
+		serve(true, "they do no more")
+		require.Empty(t, a.watched["b"])
 	})
 }
 
@@ -292,7 +310,9 @@ func TestWantedIsTheTargetOfTheOldestForEachName(t *testing.T) {
 					a.serves(rendered(t, name, map[string]int{"o": 0, "m": 1, "y": 2}[name], target, 1))
 				}
 				got := map[string]string{}
-				for target, winner := range a.wanted("a", test.meta, test.pods) {
+				wanted, decided := a.wanted("a", test.meta, test.pods)
+				require.True(t, decided)
+				for target, winner := range wanted {
 					require.Equal(t, target, winner.Target.Name())
 					got[target] = winner.Resource.Name
 				}
@@ -310,8 +330,49 @@ func TestOfResourcesOfTheSameAgeTheNameDecides(t *testing.T) {
 		for _, name := range []string{"c", "b", "d"} {
 			a.serves(rendered(t, name, 0, everywhere, 1))
 		}
-		require.Equal(t, "b", a.wanted("a", &namespaceMeta{}, nil)["pull"].Resource.Name)
+		wanted, _ := a.wanted("a", &namespaceMeta{}, nil)
+		require.Equal(t, "b", wanted["pull"].Resource.Name)
 	})
+}
+
+func TestLabelsOfANamespaceAreAskedForOnlyWhereTheyDecide(t *testing.T) {
+	t.Parallel()
+	const byAnnotation = `{secret: {name: pull}, namespaces: {annotations: [{matchAnnotations: {team: red}}]}}`
+	tests := map[string]struct {
+		rendered map[string]string // as in the test of what is wanted
+		decided  bool
+		winner   string // as far as it is known
+	}{
+		"nothing is rendered":                     {nil, true, ""},
+		"a name selects":                          {map[string]string{"m": byName}, true, "m"},
+		"a Pod selects":                           {map[string]string{"m": byPods}, true, "m"},
+		"a Pod selects, and so may a label":       {map[string]string{"m": byLabelOrPods}, true, "m"},
+		"an empty entry selects all":              {map[string]string{"m": everywhere}, true, "m"},
+		"an empty entry of annotations does, too": {map[string]string{"m": `{secret: {name: pull}, namespaces: {annotations: [{}]}}`}, true, "m"},
+		"a label may select":                      {map[string]string{"m": byLabel}, false, ""},
+		"an annotation may select":                {map[string]string{"m": byAnnotation}, false, ""},
+		"that a label is missing may select":      {map[string]string{"m": `{secret: {name: pull}, namespaces: {labels: [{matchExpressions: [{key: x, operator: DoesNotExist}]}]}}`}, false, ""},
+		"an older one may, by a label":            {map[string]string{"o": byLabel, "m": byPods}, false, "m"},
+		"a younger one may, by a label: it loses": {map[string]string{"y": byLabel, "m": byPods}, true, "m"},
+		"a label may select for another Secret":   {map[string]string{"m": byPods, "y": `{secret: {name: other}, namespaces: {labels: [{matchLabels: {team: red}}]}}`}, false, "m"},
+		"a name and Pods of others do not select": {map[string]string{"m": `{secret: {name: pull}, namespaces: {names: [b]}, namespacesWithPods: {labels: [{matchLabels: {app: db}}]}}`}, true, ""},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, a *testAgent) {
+				for name, target := range test.rendered {
+					a.serves(rendered(t, name, map[string]int{"o": 0, "m": 1, "y": 2}[name], target, 1))
+				}
+				wanted, decided := a.wanted("a", nil, []pod{{labels: web}})
+				require.Equal(t, test.decided, decided)
+				winner := ""
+				if w := wanted["pull"]; w != nil {
+					winner = w.Resource.Name
+				}
+				require.Equal(t, test.winner, winner)
+			})
+		})
+	}
 }
 
 func TestPodsOfANamespaceAndTheLongestWaiting(t *testing.T) {
