@@ -22,7 +22,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func TestSimulation(t *testing.T) {
 	c := config{
 		Agents: 20, Namespaces: 30, Pods: 3, Waiting: 1, Resources: 2, Reports: 10, NewPods: 4, Restarts: 1, Batch: 7,
-		Idle: time.Second, root: filepath.Join("..", ".."), quiet: 1200 * time.Millisecond,
+		Idle: time.Second, root: filepath.Join("..", ".."), quiet: 1700 * time.Millisecond,
 	}
 	require.NoError(t, c.validate())
 	r, err := simulate(t.Context(), c, t.Output())

@@ -29,7 +29,7 @@ const (
 	settleTimeout = 90 * time.Second
 	// calm is longer than a status waits for its next write, which may tell of what the
 	// model does not know; silence is how long nothing may be written after that.
-	calm, silence = 1500 * time.Millisecond, 3 * time.Second
+	calm, silence = 2 * time.Second, 3 * time.Second
 )
 
 // view is what there is.

@@ -24,7 +24,7 @@ const (
 	// statusDelay is how long a change waits for company before it is written.
 	statusDelay = 50 * time.Millisecond
 	// statusInterval is the shortest time between two writes of one status.
-	statusInterval = time.Second
+	statusInterval = 1500 * time.Millisecond
 	// listedMax is how many single causes a message names.
 	listedMax = 3
 	// messageMax is how many bytes of a message a condition holds.
