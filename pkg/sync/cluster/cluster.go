@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -99,11 +100,13 @@ type Coordinator struct {
 	config   Config
 	log      *slog.Logger
 	core     corev1client.CoreV1Interface
+	events   corev1client.EventsGetter
 	leases   coordinationv1client.CoordinationV1Interface
 	metadata metadata.Interface
 	secrets  *impsync.Secrets
 	images   rest.Interface
 	metrics  *metrics
+	guard    leaseGuard
 	// standby: another leads. synced: it leads and has read everything.
 	standby atomic.Bool
 	synced  atomic.Bool
@@ -131,15 +134,23 @@ func New(config Config) (*Coordinator, error) {
 		config.ReportLinger = DefaultReportLinger
 	}
 	c := &Coordinator{config: config, log: config.Log.With("duty", duty)}
-	connection, err := rest.HTTPClientFor(config.Client)
+	transport, err := rest.TransportFor(config.Client)
 	if err != nil {
 		return nil, fmt.Errorf("connection to the API server: %w", err)
 	}
+	// All that needs the Lease goes through the guard.
+	unguarded := &http.Client{Transport: transport, Timeout: config.Client.Timeout}
+	connection := &http.Client{Transport: c.guard.wrap(transport), Timeout: config.Client.Timeout}
 	binary := impsync.Protobuf(config.Client)
 	if c.core, err = corev1client.NewForConfigAndClient(binary, connection); err != nil {
 		return nil, fmt.Errorf("client: %w", err)
 	}
-	if c.leases, err = coordinationv1client.NewForConfigAndClient(binary, connection); err != nil {
+	core, err := corev1client.NewForConfigAndClient(binary, unguarded)
+	if err != nil {
+		return nil, fmt.Errorf("client: %w", err)
+	}
+	c.events = core
+	if c.leases, err = coordinationv1client.NewForConfigAndClient(binary, unguarded); err != nil {
 		return nil, fmt.Errorf("client: %w", err)
 	}
 	if c.metadata, err = metadata.NewForConfigAndClient(config.Client, connection); err != nil {
@@ -183,7 +194,7 @@ func (c *Coordinator) Leading() bool { return c.synced.Load() }
 func (c *Coordinator) Run(ctx context.Context) error {
 	events := record.NewBroadcaster(record.WithContext(klog.NewContext(context.WithoutCancel(ctx), logr.Discard())))
 	defer events.Shutdown()
-	events.StartRecordingToSink(&corev1client.EventSinkImpl{Interface: c.core.Events("")})
+	events.StartRecordingToSink(&corev1client.EventSinkImpl{Interface: c.events.Events("")})
 	scheme := runtime.NewScheme()
 	if err := v1alpha1.AddToScheme(scheme); err != nil {
 		return err
@@ -213,11 +224,11 @@ func (c *Coordinator) compete(ctx context.Context, recorder record.EventRecorder
 	var termErr error
 	ended := make(chan struct{})
 	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
-		Lock: &resourcelock.LeaseLock{
+		Lock: guardedLock{guard: &c.guard, Interface: &resourcelock.LeaseLock{
 			LeaseMeta:  metav1.ObjectMeta{Namespace: c.config.Namespace, Name: LeaseName},
 			Client:     c.leases,
 			LockConfig: resourcelock.ResourceLockConfig{Identity: c.config.Identity, EventRecorder: acquired},
-		},
+		}},
 		LeaseDuration: leaseDuration, RenewDeadline: renewDeadline, RetryPeriod: retryPeriod,
 		Name: LeaseName,
 		Callbacks: leaderelection.LeaderCallbacks{

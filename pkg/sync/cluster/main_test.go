@@ -107,6 +107,8 @@ func newTestTerm(t *testing.T) *term {
 		Registry: registry, Log: slog.New(slog.DiscardHandler),
 	})
 	require.NoError(t, err)
+	held := time.Now().AddDate(100, 0, 0)
+	c.guard.renewed.Store(&held)
 	term := newTerm(c, record.NewFakeRecorder(100))
 	term.started = true
 	t.Cleanup(func() {
