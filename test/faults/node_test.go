@@ -40,7 +40,7 @@ func TestAnAgentOutlivesItsNode(t *testing.T) {
 	s := newSystem(t)
 	s.source("hub", "registry.one")
 	leader := s.leader("a")
-	s.agent("node-a")
+	agent := s.agent("node-a")
 	s.agent("node-b")
 	all := want{namespaces: s.namespaces(1, ""), registry: "registry.one"}
 	all.resource = s.resource("all", "hub", s.byPods("a"))
@@ -52,6 +52,15 @@ func TestAnAgentOutlivesItsNode(t *testing.T) {
 	s.withoutAgent(leader, all, 0, 1) // node-b is the only one, and has its agent
 	// Without a Node the agent goes on.
 	later := s.namespace("")
+	s.pod(later, "node-a", "a")
+	all.namespaces = append(all.namespaces, later)
+	s.settles(all)
+	s.demands("node-a", all.namespaces...)
+	// So does one that starts without.
+	agent.Kill()
+	s.again(agent)
+	s.ready(agent)
+	later = s.namespace("")
 	s.pod(later, "node-a", "a")
 	all.namespaces = append(all.namespaces, later)
 	s.settles(all)

@@ -277,6 +277,16 @@ func (s *system) settles(wants ...want) {
 	mark := control.Audit().Mark()
 	s.pass(quiet)
 	require.Empty(s.t, s.writes(mark), "written although nothing was to be done")
+	// A status or a report may come after what it tells of, once; what is tried again and
+	// again never ends.
+	s.eventually(func() error {
+		if tries := s.tries(mark); len(tries) > 0 {
+			mark = control.Audit().Mark()
+			s.pass(quiet)
+			return fmt.Errorf("imps goes on: %v", tries)
+		}
+		return nil
+	}, "imps does not become silent")
 	require.NoError(s.t, s.settled(wants))
 	require.NoError(s.t, s.history.err())
 	for _, secret := range s.secrets() {
@@ -425,6 +435,18 @@ func (s *system) writes(mark cluster.Mark) map[string]int {
 		}
 	}
 	return writes
+}
+
+// tries returns what imps tried to write since mark but Lease and Events, whatever became
+// of it.
+func (s *system) tries(mark cluster.Mark) (tries []string) {
+	s.t.Helper()
+	for _, e := range s.requests(mark) {
+		if isWrite(e.Verb) && !slices.Contains([]string{"leases", "events", "selfsubjectreviews"}, e.Resource) {
+			tries = append(tries, fmt.Sprintf("%s %s %s/%s: %d", e.Verb, e.Resource, e.Namespace, e.Name, e.Code))
+		}
+	}
+	return tries
 }
 
 // requests returns the answered requests of imps since mark.

@@ -21,46 +21,74 @@ import (
 	"github.com/imps-node/imps/test/imps"
 )
 
-// A ServiceAccount is deleted and made again, so that every token of it is dead. The
-// kubelet renews the file, and the process goes on without a restart.
-func TestADeletedServiceAccountThatComesBackIsSurvived(t *testing.T) {
-	s := newSystem(t)
-	s.source("hub", "registry.one")
-	all := want{namespaces: s.namespaces(2, "a"), registry: "registry.one"}
-	all.resource = s.resource("all", "hub", s.byLabel("a")+", "+s.byPods("a"))
-	leader := s.coordinator("a", s.withTokenFile)
-	s.leads(leader)
-	agent := s.agent("node-a", s.withTokenFile)
-	s.settles(all)
+// Every token of imps dies. The kubelet renews the file, and the process goes on without a
+// restart.
+func TestADeadTokenIsSurvived(t *testing.T) {
+	const life = 20 * time.Second
+	for name, die := range map[string]struct {
+		// begin changes the token that a process starts with.
+		begin func(s *system, p *process, account string)
+		end   func(s *system, account string)
+	}{
+		"its ServiceAccount was deleted and made again": {
+			func(*system, *process, string) {},
+			func(s *system, account string) { s.recreateAccount(account) },
+		},
+		"it has expired": {
+			func(s *system, p *process, account string) {
+				token, err := control.ExpiringToken(s.t.Context(), imps.SystemNamespace, account, life)
+				require.NoError(s.t, err)
+				p.spec.Config.BearerToken = token
+			},
+			func(s *system, _ string) { s.patience = life + within },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSystem(t)
+			s.source("hub", "registry.one")
+			all := want{namespaces: s.namespaces(2, "a"), registry: "registry.one"}
+			all.resource = s.resource("all", "hub", s.byLabel("a")+", "+s.byPods("a"))
+			leader := s.coordinator("a", func(p *process) {
+				die.begin(s, p, imps.CoordinatorAccount)
+				s.withTokenFile(p)
+			})
+			s.leads(leader)
+			agent := s.agent("node-a", func(p *process) {
+				die.begin(s, p, imps.AgentAccount)
+				s.withTokenFile(p)
+			})
+			s.settles(all)
 
-	s.recreateAccount("imps-coordinator")
-	s.recreateAccount("imps-node")
-	s.refused(leader)
-	s.refused(agent)
-	// What happens meanwhile is not lost.
-	mark := control.Audit().Mark()
-	all.registry = "registry.two"
-	s.source("hub", all.registry)
-	byPod := s.namespace("")
-	s.pod(byPod, "node-a", "a")
-	all.namespaces = append(all.namespaces, byPod)
-	s.unauthorized(mark, "(cluster)")
-	s.unauthorized(mark, "(node)")
-	require.Empty(t, s.writes(mark))
+			die.end(s, imps.CoordinatorAccount)
+			die.end(s, imps.AgentAccount)
+			s.refused(leader)
+			s.refused(agent)
+			// What happens meanwhile is not lost.
+			mark := control.Audit().Mark()
+			all.registry = "registry.two"
+			s.source("hub", all.registry)
+			byPod := s.namespace("")
+			s.pod(byPod, "node-a", "a")
+			all.namespaces = append(all.namespaces, byPod)
+			s.unauthorized(mark, "(cluster)")
+			s.unauthorized(mark, "(node)")
+			require.Empty(t, s.writes(mark))
 
-	token, err := control.Token(t.Context(), imps.SystemNamespace, "imps-coordinator")
-	require.NoError(t, err)
-	s.renew(leader, token)
-	token, err = control.NodeToken(t.Context(), imps.SystemNamespace, "imps-node", "node-a")
-	require.NoError(t, err)
-	s.renew(agent, token)
-	// client-go reads a token file once a minute, and what fails until then is tried again
-	// within a minute.
-	s.patience = 2*time.Minute + within
-	s.settles(all)
-	s.demands("node-a", byPod)
-	for _, p := range []*process{leader, agent} {
-		require.Equal(t, 1, strings.Count(p.Log(), "msg=starting"), "it was not started again")
+			token, err := control.Token(t.Context(), imps.SystemNamespace, imps.CoordinatorAccount)
+			require.NoError(t, err)
+			s.renew(leader, token)
+			token, err = control.NodeToken(t.Context(), imps.SystemNamespace, imps.AgentAccount, "node-a")
+			require.NoError(t, err)
+			s.renew(agent, token)
+			// client-go reads a token file once a minute, and what fails until then is tried
+			// again within a minute.
+			s.patience = 2*time.Minute + within
+			s.settles(all)
+			s.demands("node-a", byPod)
+			for _, p := range []*process{leader, agent} {
+				require.Equal(t, 1, strings.Count(p.Log(), "msg=starting"), "it was not started again")
+			}
+		})
 	}
 }
 

@@ -229,6 +229,47 @@ registry:
 	require.Equal(t, was.UID, s.secret(namespace, secretName).UID)
 }
 
+// Whatever a source becomes that cannot be used, it costs nothing but a status.
+func TestASourceThatTurnsBadIsToldOnceAndIsGoodAgain(t *testing.T) {
+	for name, bad := range map[string]corev1.Secret{
+		"auths that are a list":     {Type: corev1.SecretTypeDockerConfigJson, Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":[]}`)}},
+		"an entry that is a number": {Type: corev1.SecretTypeDockerConfigJson, Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"registry.one":7}}`)}},
+		"another type":              {Data: map[string][]byte{"password": []byte(canaryPassword)}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSystem(t)
+			s.source("hub", dockerConfig("registry.one"))
+			s.coordinator()
+			namespace := s.namespace(nil, nil)
+			s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+			was := s.has(namespace, "registry.one")
+			s.ready(s.prefix, 1)
+			s.calm()
+			mark := control.Audit().Mark()
+			// A type cannot be changed: the coordinator has to see the Secret go, or not.
+			withdrawn := bad.Type != corev1.SecretTypeDockerConfigJson
+			if withdrawn {
+				require.NoError(t, s.core.CoreV1().Secrets(sourceNamespace).Delete(t.Context(), "hub", metav1.DeleteOptions{}))
+				s.has(namespace)
+			}
+			bad.ObjectMeta = metav1.ObjectMeta{Namespace: sourceNamespace, Name: "hub"}
+			s.writeSecret(&bad)
+			s.failed(s.prefix, "registry-access.hub")
+			s.calm()
+			if !withdrawn {
+				require.Equal(t, was.ResourceVersion, s.secret(namespace, secretName).ResourceVersion, "what was good stays")
+				require.Empty(t, s.secretWrites(mark, "coordinator"))
+			}
+
+			require.NoError(t, s.core.CoreV1().Secrets(sourceNamespace).Delete(t.Context(), "hub", metav1.DeleteOptions{}))
+			s.has(namespace)
+			s.source("hub", dockerConfig("registry.two"))
+			require.Equal(t, was.UID, s.has(namespace, "registry.two").UID)
+			s.ready(s.prefix, 1)
+		})
+	}
+}
+
 func TestWhatASourceMustNotBeSaysSo(t *testing.T) {
 	s := newSystem(t)
 	s.coordinator()

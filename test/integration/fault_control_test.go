@@ -62,6 +62,7 @@ func TestARotationSurvivesTheControlPlane(t *testing.T) {
 				return nil
 			}, "the rotation does not begin")
 			fault(t)
+			require.Less(t, len(s.secretWrites(mark, "coordinator")), many, "it was not in the middle")
 
 			for namespace, uid := range uids {
 				require.Equal(t, uid, s.has(namespace, "registry.two").UID)
@@ -71,6 +72,7 @@ func TestARotationSurvivesTheControlPlane(t *testing.T) {
 			s.pod(byPods, "node-a", map[string]string{s.prefix: "a"}, nil)
 			s.has(byPods, "registry.two")
 			s.ready(s.prefix, many+1)
+			s.calm()
 			// A write that was done and not answered is not in the audit log.
 			writes := map[string]int{}
 			for _, e := range s.secretWrites(mark, "coordinator") {

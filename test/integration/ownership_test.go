@@ -120,7 +120,10 @@ func TestAForeignSecretIsNeverTouched(t *testing.T) {
 			barrier := s.namespace(nil, nil)
 			s.change(s.prefix, `spec: {target: {namespaces: {names: [`+foreign+`, `+free+`, `+barrier+`]}}}`)
 			s.has(barrier, "registry.one")
-			require.Empty(t, s.secretWrites(s.began, "agent/node-a"), "nor tried")
+			s.calm()
+			require.Empty(t, s.secretWrites(s.began, "agent/node-a"))
+			require.Zero(t, s.tries(s.began, "agent/node-a", foreign), "nor tried")
+			require.Zero(t, s.tries(s.began, "coordinator", foreign))
 			require.Equal(t, was.ResourceVersion, s.secret(foreign, secretName).ResourceVersion, "not a byte of it was written")
 			s.eventually(func() error { return s.event(s.prefix, corev1.EventTypeWarning, "SecretReconciliationError", foreign) }, "no Event")
 
@@ -262,6 +265,7 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 				return nil
 			}, "the Secret is not repaired")
 			s.ready(s.prefix, 1)
+			s.calm()
 			require.Len(t, s.secretWrites(mark, "coordinator"), 1, "one write repairs it")
 		})
 	}
@@ -285,8 +289,10 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 		s.source("hub", dockerConfig("registry.one"))
 		namespace := s.namespace(nil, nil)
 		s.coordinator()
-		s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+		r := s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
 		was := s.has(namespace, "registry.one")
+		s.ready(s.prefix, 1)
+		mark := control.Audit().Mark()
 		require.NoError(t, s.core.CoreV1().Secrets(namespace).Delete(t.Context(), secretName, metav1.DeleteOptions{}))
 		s.eventually(func() error {
 			if now := s.secret(namespace, secretName); now == nil || now.UID == was.UID {
@@ -294,6 +300,10 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 			}
 			return nil
 		}, "the Secret does not come back")
+		ours(t, s.has(namespace, "registry.one"), r.UID)
+		s.calm()
+		s.ready(s.prefix, 1)
+		require.Len(t, s.secretWrites(mark, "coordinator"), 1)
 	})
 	t.Run("its label removed, it is the user's", func(t *testing.T) {
 		s := newSystem(t)
@@ -302,10 +312,15 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 		s.coordinator()
 		s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
 		s.has(namespace, "registry.one")
-		_, err := s.core.CoreV1().Secrets(namespace).Patch(t.Context(), secretName, types.MergePatchType,
+		s.ready(s.prefix, 1)
+		mark := control.Audit().Mark()
+		users, err := s.core.CoreV1().Secrets(namespace).Patch(t.Context(), secretName, types.MergePatchType,
 			[]byte(`{"metadata":{"labels":{"`+impsync.LabelOwnerUID+`":null}}}`), metav1.PatchOptions{FieldManager: "a-user"})
 		require.NoError(t, err)
 		s.failed(s.prefix, namespace, "not imps's")
+		s.calm()
+		require.Zero(t, s.tries(mark, "coordinator", namespace))
+		require.Equal(t, users.ResourceVersion, s.secret(namespace, secretName).ResourceVersion)
 	})
 }
 

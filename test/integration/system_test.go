@@ -541,6 +541,23 @@ func (s *system) secretWrites(mark cluster.Mark, agent string) []cluster.Event {
 	return writes
 }
 
+// calm waits until imps has tried to write nothing but Lease and Events for longer than a
+// status waits for its next write: what is tried again and again never becomes calm.
+func (s *system) calm() {
+	s.t.Helper()
+	s.eventually(func() error {
+		mark := s.control.Audit().Mark()
+		pass(s.t, 1600*time.Millisecond)
+		for _, e := range s.requests(mark, "") {
+			if strings.HasPrefix(e.UserAgent, "imps-test/") && slices.Contains([]string{"create", "update", "patch", "delete"}, e.Verb) &&
+				e.Resource != "leases" && e.Resource != "events" {
+				return fmt.Errorf("%s: %s %s %s/%s: %d", e.UserAgent, e.Verb, e.Resource, e.Namespace, e.Name, e.Code)
+			}
+		}
+		return nil
+	}, "imps goes on writing")
+}
+
 // requests returns the answered requests since mark of processes whose user agent has this end.
 func (s *system) requests(mark cluster.Mark, agent string) []cluster.Event {
 	s.t.Helper()

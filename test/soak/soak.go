@@ -29,8 +29,10 @@ const (
 	linger = 2 * time.Second
 	// callTimeout bounds one request of the soak's own.
 	callTimeout = 10 * time.Second
-	// within bounds everything that should only take moments.
-	within = time.Minute
+	// within bounds everything that should only take moments. A name becomes free when the
+	// garbage collector has orphaned what belonged to it, and after the API server was away
+	// that may try for minutes with what it remembers.
+	within = 3 * time.Minute
 	// changesInWindow are at least so many, and at most so many more, between two quiet
 	// points; faultsInWindow are the faults among them.
 	changesInWindow, moreChanges, faultsInWindow = 8, 32, 4

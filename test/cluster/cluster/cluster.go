@@ -56,6 +56,7 @@ type Cluster struct {
 	dir       *dataDir
 	url       string
 	authority *authority
+	accounts  key // signs the tokens of ServiceAccounts
 	admin     *rest.Config
 	client    *kubernetes.Clientset
 	probe     *prober
@@ -212,6 +213,7 @@ func (c *Cluster) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	c.accounts = accounts
 	token := randomToken()
 	c.admin = &rest.Config{BearerToken: token, QPS: -1}
 

@@ -16,6 +16,7 @@ const (
 	servingCertFile   = "apiserver.crt"
 	servingKeyFile    = "apiserver.key"
 	accountKeyFile    = "serviceaccounts.key"
+	accountIssuer     = "https://kubernetes.default.svc"
 	tokenFile         = "tokens.csv"
 	auditPolicyFile   = "audit-policy.yaml"
 	auditLogFile      = "audit.log"
@@ -65,7 +66,7 @@ func apiServerArgs(port int) []string {
 		"--token-auth-file=" + tokenFile,
 		"--authorization-mode=Node,RBAC",
 		"--enable-admission-plugins=NodeRestriction",
-		"--service-account-issuer=https://kubernetes.default.svc",
+		"--service-account-issuer=" + accountIssuer,
 		"--service-account-key-file=" + accountKeyFile,
 		"--service-account-signing-key-file=" + accountKeyFile,
 		"--service-cluster-ip-range=10.96.0.0/16",
