@@ -10,10 +10,12 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // machine is where the figures come from.
 type machine struct {
+	Date       string `json:"date"`
 	Processor  string `json:"processor"`
 	Cores      int    `json:"cores"`
 	MemoryMiB  int64  `json:"memoryMiB"`
@@ -25,6 +27,7 @@ type machine struct {
 
 func thisMachine(ctx context.Context, root string) machine {
 	m := machine{
+		Date:      time.Now().UTC().Format(time.DateOnly),
 		Processor: valueIn("/proc/cpuinfo", "model name"), Cores: runtime.NumCPU(),
 		MemoryMiB: kibibytes(valueIn("/proc/meminfo", "MemTotal")) >> 10, Go: runtime.Version(), Source: "unknown",
 	}

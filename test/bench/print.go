@@ -32,8 +32,8 @@ func (t *table) add(cells ...string) { t.rows = append(t.rows, cells) }
 func (r *result) print(w io.Writer, markdown bool) error {
 	var text strings.Builder
 	m := r.Machine
-	fmt.Fprintf(&text, "%s, %d cores, %d MiB, Linux %s; %s, Kubernetes %s, imps at %s.\n%g triggers a second.\n",
-		m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Go, m.Kubernetes, m.Source, r.Rate)
+	fmt.Fprintf(&text, "%s, %d cores, %d MiB, Linux %s; %s, Kubernetes %s, imps at %s; %s.\n%g triggers a second.\n",
+		m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Go, m.Kubernetes, m.Source, m.Date, r.Rate)
 	for _, size := range sizeNames() {
 		runs := r.of(size)
 		if len(runs) == 0 {
