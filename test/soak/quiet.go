@@ -204,7 +204,7 @@ func (s *soak) quiet(ctx context.Context) error {
 		}
 	}
 	s.settled = append(s.settled, time.Since(began))
-	if err := s.silent(ctx); err != nil {
+	if err := s.silent(ctx, began); err != nil {
 		return err
 	}
 	v, err := s.look(ctx)
@@ -221,24 +221,31 @@ func (s *soak) quiet(ctx context.Context) error {
 	return nil
 }
 
-// silent makes sure that nothing is written for a while.
-func (s *soak) silent(ctx context.Context) error {
+// silent makes sure that nothing is written for a while. What client-go tells late, as it
+// tries a watch again only after a while, may still be written: within the time that it has
+// since all faults were healed.
+func (s *soak) silent(ctx context.Context, healed time.Time) error {
 	if err := pause(ctx, calm); err != nil {
 		return err
 	}
-	mark := s.control.Audit().Mark()
-	if err := pause(ctx, silence); err != nil {
-		return err
+	for {
+		mark := s.control.Audit().Mark()
+		if err := pause(ctx, silence); err != nil {
+			return err
+		}
+		writes, err := s.writes(mark)
+		if err != nil || len(writes) == 0 {
+			return err
+		}
+		if time.Since(healed) < settleTimeout {
+			continue
+		}
+		var errs []error
+		for _, e := range writes {
+			errs = append(errs, fmt.Errorf("all is right, and %s writes: %s", e.User, request(e)))
+		}
+		return errors.Join(errs...)
 	}
-	writes, err := s.writes(mark)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, e := range writes {
-		errs = append(errs, fmt.Errorf("all is right, and %s writes: %s", e.User, request(e)))
-	}
-	return errors.Join(errs...)
 }
 
 // writes are those of imps, also the ones that failed, without what it may write at any time.

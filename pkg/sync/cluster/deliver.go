@@ -443,7 +443,8 @@ func (t *term) demanded(c *claim, key demandKey, existing impsync.Existing, exis
 	if state != nil && state.nodes > 0 {
 		return true
 	}
-	if !exists || existing.OwnerUID != key.uid || existing.Ownership == impsync.Restored || existing.Ownership == impsync.Foreign {
+	mine := existing.OwnerUID == key.uid || existing.HasOwner(key.uid) && t.leftBehind(existing)
+	if !exists || !mine || existing.Ownership == impsync.Restored || existing.Ownership == impsync.Foreign {
 		t.demand.forget(key)
 		return false
 	}
@@ -486,19 +487,35 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 	if gone && !orphaned && existing.HasOwner(existing.OwnerUID) {
 		return d
 	}
-	if t.byUID[existing.OwnerUID] == nil && !orphaned && existing.Ownership == impsync.Ours && existing.Revision.UID == existing.OwnerUID {
-		// It was to be handed over to one that claimed it as well, and whose owner
-		// reference holds it; by now that one does not want it either.
+	if t.leftBehind(existing) {
+		// By now those do not want it either that claimed it as well, and whose owner
+		// references hold it. Where that is not known of one, it is looked at again.
 		for _, uid := range existing.OwnerReferences {
-			if c := t.claims[uid]; c != nil && t.inForce(uid) && (c.withdrawn || !c.rendered.Target.IsZero()) {
-				d.winner, d.confirm = c, c.selection != nil && c.selection.HasPodRules()
-				return d
+			c := t.claims[uid]
+			if c == nil || !t.inForce(uid) {
+				continue
 			}
+			if c.rendered.Target.IsZero() && !c.withdrawn {
+				return decision{}
+			}
+			d.winner = c
+		}
+		if d.winner != nil {
+			return d
 		}
 	}
 	// The owner is going, or was gone before this term: the garbage collector knows. Or
 	// its Secrets were orphaned: they stay until a resource that selects them adopts them.
 	return decision{}
+}
+
+// leftBehind reports whether a Secret is that of a dead resource which another had claimed
+// as well: to that one it was to be handed over. The garbage collector takes the dead one's
+// owner reference off, so that it is known to be dead. The caller holds the lock.
+func (t *term) leftBehind(existing impsync.Existing) bool {
+	owner := existing.OwnerUID
+	return existing.Ownership == impsync.Ours && existing.Revision.UID == owner && t.byUID[owner] == nil &&
+		!existing.HasOwner(owner) && !t.gone[owner]
 }
 
 // expect returns the expectation for the claim's target with these owners.
@@ -704,8 +721,8 @@ func (t *term) confirmOwners(ctx context.Context, d decision) error {
 // conclude notes why something was not done.
 func (t *term) conclude(key targetKey, d decision, err error) {
 	class := impsync.ClassifyError(err)
-	if class == impsync.ClassGone || errors.Is(err, errSuperseded) {
-		return // the event of what is gone settles it
+	if class == impsync.ClassGone || errors.Is(err, errSuperseded) || errors.Is(err, errLeaseStale) {
+		return // the event of what is gone settles it; without the Lease nothing is to be told
 	}
 	message := impsync.Explain(err)
 	if class == impsync.ClassRetry {

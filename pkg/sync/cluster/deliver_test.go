@@ -405,6 +405,20 @@ func TestDecideAboutASecretOfADeadResourceThatAnotherHasClaimed(t *testing.T) {
 			delete(s.claims, other.ref.UID)
 		}, leave},
 		"its own was orphaned": {func(s *situation, _ *claim) { s.gone["uid-a"] = true }, leave},
+		"its own reference is still there: the collector is at work": {func(s *situation, _ *claim) {
+			old, _ := s.targets["pull"].Get(types.NamespacedName{Namespace: "n", Name: "pull"})
+			old.OwnerReferences = []types.UID{"uid-a", "uid-b"}
+			old.ResourceVersion = "999999"
+			s.targets["pull"].Put(types.NamespacedName{Namespace: "n", Name: "pull"}, old)
+		}, leave},
+		"not while it is not known what a third one wants": {func(s *situation, _ *claim) {
+			third := s.claimOf(s.t, resource(s.t, "c", 2, byNone), 3)
+			third.rendered, third.unread = impsync.Rendered{}, true
+			old, _ := s.targets["pull"].Get(types.NamespacedName{Namespace: "n", Name: "pull"})
+			old.OwnerReferences = []types.UID{"uid-b", "uid-c"}
+			old.ResourceVersion = "999999"
+			s.targets["pull"].Put(types.NamespacedName{Namespace: "n", Name: "pull"}, old)
+		}, leave},
 		"its own is going still": {func(s *situation, _ *claim) {
 			r, now := resource(s.t, "a", 0, byName), metav1.Now()
 			r.DeletionTimestamp = &now
@@ -430,6 +444,36 @@ func TestDecideAboutASecretOfADeadResourceThatAnotherHasClaimed(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The same, and the other has Pod rules: perhaps its demand is on its way.
+func TestASecretOfADeadResourceLingersForAnotherOne(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		winner := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.there(winner, func(m *metav1.PartialObjectMetadata) { m.OwnerReferences[0].UID = "uid-b" })
+		delete(s.byUID, "uid-a")
+		delete(s.claims, "uid-a")
+		delete(s.byTarget["pull"], "uid-a")
+		other := s.claimOf(t, resource(t, "b", 1, byPods), 3)
+		d := s.decides()
+		require.Equal(t, update, d.verb, d.verb)
+		require.Same(t, other, d.winner, "it is handed over, and its own from now on")
+		s.now = s.now.Add(s.config.DemandLinger)
+		d = s.decides()
+		require.Equal(t, remove, d.verb, "had it not been handed over until then")
+		require.Same(t, other, d.winner)
+	})
+}
+
+func TestWithoutAFreshLeaseNothingIsTold(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.claimOf(t, resource(t, "a", 0, byName), 7)
+		s.guard.renewed.Store(nil)
+		err := s.reconcileTarget(t.Context(), s.key)
+		require.ErrorIs(t, err, errLeaseStale)
+		require.Equal(t, map[string]string{"a in n": "pending at 0"}, s.outcomes())
+		require.ErrorIs(t, s.retire(t.Context(), "uid-x"), errLeaseStale)
+	})
 }
 
 func TestDecideTakesOverWhatADeadResourceLeft(t *testing.T) {

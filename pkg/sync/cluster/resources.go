@@ -189,7 +189,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	if problem == nil {
 		problem, failure = t.renderAndPublish(ctx, r, c, known, resolved, selection)
 	}
-	if errors.Is(failure, errSuperseded) || errors.Is(failure, errStateGone) || failure != nil && impsync.ClassifyError(failure) == impsync.ClassConflict {
+	if errors.Is(failure, errSuperseded) || errors.Is(failure, errLeaseStale) || errors.Is(failure, errStateGone) || failure != nil && impsync.ClassifyError(failure) == impsync.ClassConflict {
 		return failure // nothing to tell of: the next try settles it
 	}
 	// All at once, and only now: no status ever tells of half a change.

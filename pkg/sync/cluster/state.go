@@ -213,7 +213,12 @@ type passingError struct {
 	err  error
 }
 
-func passing(what string, err error) error { return &passingError{what, err} }
+func passing(what string, err error) error {
+	if errors.Is(err, errLeaseStale) {
+		return errLeaseStale // which is to be told apart
+	}
+	return &passingError{what, err}
+}
 
 // Error says what failed. There is no Unwrap: what the error is to others does not count.
 func (e *passingError) Error() string { return e.what + ": " + impsync.Explain(e.err) }
