@@ -43,7 +43,7 @@ build: need-go need-git ## Build bin/imps-node
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/imps-node
 
 .PHONY: test
-test: test-unit test-integration ## Run all tests: unit, then on a real API server (first run: about 15 min)
+test: test-unit test-integration ## Run all tests: unit, then on a real API server (25 min; the first run some 10 more)
 
 .PHONY: test-unit
 test-unit: need-go need-race ## Run the unit tests, with the race detector
