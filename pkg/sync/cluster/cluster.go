@@ -224,7 +224,7 @@ func (c *Coordinator) compete(ctx context.Context, recorder record.EventRecorder
 	var termErr error
 	ended := make(chan struct{})
 	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
-		Lock: guardedLock{guard: &c.guard, Interface: &resourcelock.LeaseLock{
+		Lock: &guardedLock{guard: &c.guard, Interface: &resourcelock.LeaseLock{
 			LeaseMeta:  metav1.ObjectMeta{Namespace: c.config.Namespace, Name: LeaseName},
 			Client:     c.leases,
 			LockConfig: resourcelock.ResourceLockConfig{Identity: c.config.Identity, EventRecorder: acquired},

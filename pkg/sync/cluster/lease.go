@@ -58,25 +58,34 @@ func (t guardedTransport) RoundTrip(request *http.Request) (*http.Response, erro
 // WrappedRoundTripper is for client-go, which looks through wrappers for what it can cancel.
 func (t guardedTransport) WrappedRoundTripper() http.RoundTripper { return t.next }
 
-// guardedLock is the Lease, as it tells the guard that it is held.
+// guardedLock is the Lease for one term, as it tells the guard that it is held.
 type guardedLock struct {
 	resourcelock.Interface
 	guard *leaseGuard
+	// transitions is the count of the Lease with which the term began; nil before. Only the
+	// elector's own goroutine uses it.
+	transitions *int
 }
 
-func (l guardedLock) Create(ctx context.Context, record resourcelock.LeaderElectionRecord) error {
-	return l.hold(func() error { return l.Interface.Create(ctx, record) })
+func (l *guardedLock) Create(ctx context.Context, record resourcelock.LeaderElectionRecord) error {
+	return l.hold(record, func() error { return l.Interface.Create(ctx, record) })
 }
 
-func (l guardedLock) Update(ctx context.Context, record resourcelock.LeaderElectionRecord) error {
-	return l.hold(func() error { return l.Interface.Update(ctx, record) })
+// Update refuses to take the Lease back that another has had meanwhile, and given up: to
+// the elector that is a renewal, but what the term knows is of before.
+func (l *guardedLock) Update(ctx context.Context, record resourcelock.LeaderElectionRecord) error {
+	if l.transitions != nil && record.LeaderTransitions != *l.transitions {
+		return errSuperseded
+	}
+	return l.hold(record, func() error { return l.Interface.Update(ctx, record) })
 }
 
-func (l guardedLock) hold(write func() error) error {
+func (l *guardedLock) hold(record resourcelock.LeaderElectionRecord, write func() error) error {
 	sent := time.Now()
 	if err := write(); err != nil {
 		return fmt.Errorf("write the Lease: %w", err)
 	}
 	l.guard.renewed.Store(&sent)
+	l.transitions = &record.LeaderTransitions
 	return nil
 }

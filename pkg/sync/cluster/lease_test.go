@@ -48,7 +48,7 @@ func TestNothingIsWrittenWithoutAFreshLease(t *testing.T) {
 			require.NotErrorIs(t, err, errLeaseStale, "everybody may read")
 			require.Len(t, server.asked(), 1)
 		}
-		held := guardedLock{Interface: &lock{}, guard: &s.guard}
+		held := &guardedLock{Interface: &lock{}, guard: &s.guard}
 		writes("it never led", true)
 		require.NoError(t, held.Create(t.Context(), resourcelock.LeaderElectionRecord{}))
 		writes("it has taken the Lease", false)
@@ -62,7 +62,7 @@ func TestNothingIsWrittenWithoutAFreshLease(t *testing.T) {
 		<-time.After(renewDeadline - time.Second)
 		writes("it counts from the request, not from its answer", true)
 
-		failing := guardedLock{Interface: &lock{err: errors.New("x")}, guard: &s.guard}
+		failing := &guardedLock{Interface: &lock{err: errors.New("x")}, guard: &s.guard}
 		require.Error(t, failing.Update(t.Context(), resourcelock.LeaderElectionRecord{}))
 		require.Error(t, failing.Create(t.Context(), resourcelock.LeaderElectionRecord{}))
 		writes("nor does a try count", true)
@@ -71,6 +71,26 @@ func TestNothingIsWrittenWithoutAFreshLease(t *testing.T) {
 		require.Error(t, err)
 		_ = s.leases.Leases("imps-system").Delete(t.Context(), LeaseName, metav1.DeleteOptions{})
 		require.Len(t, server.asked(), 2, "the Lease itself may be written by whoever wants it")
+	})
+}
+
+// A leader was suspended; another one has led and given the Lease up.
+func TestATermIsNotGoneOnWithAfterAnotherHasLed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var guard leaseGuard
+		l := &guardedLock{Interface: &lock{}, guard: &guard}
+		at := func(transitions int) resourcelock.LeaderElectionRecord {
+			return resourcelock.LeaderElectionRecord{LeaderTransitions: transitions}
+		}
+		require.NoError(t, l.Update(t.Context(), at(3)), "it takes the Lease")
+		require.NoError(t, l.Update(t.Context(), at(3)), "it renews it")
+		<-time.After(renewDeadline)
+		require.ErrorIs(t, l.Update(t.Context(), at(4)), errSuperseded)
+		require.False(t, guard.fresh())
+		require.NoError(t, l.Create(t.Context(), at(0)), "somebody has deleted it under a leader")
+		require.NoError(t, l.Update(t.Context(), at(0)))
+		require.NoError(t, (&guardedLock{Interface: &lock{}, guard: &guard}).Update(t.Context(), at(4)), "the next term begins anew")
 	})
 }
 
