@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/resourceversion"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/klog/v2"
@@ -30,10 +31,10 @@ type MirrorConfig[T any] struct {
 	OnChange func(key types.NamespacedName, old, current *T)
 	// OnError is told when the watch fails, and with nil when it works again. Optional.
 	OnError func(error)
-	// Newer reports whether a is a later state of the object than b. With it, Put can
-	// record the answer to a write before the watch brings it. Optional.
-	Newer func(a, b T) bool
-	Log   *slog.Logger
+	// Version returns the resourceVersion of what is kept. With it, Put can record the
+	// answer to a write before the watch brings it. Optional.
+	Version func(T) string
+	Log     *slog.Logger
 }
 
 // Mirror keeps the part T of every object that one list-watch returns: client-go's
@@ -45,10 +46,11 @@ type Mirror[T any] struct {
 
 	mu    sync.RWMutex
 	items map[types.NamespacedName]T
-	// removed is the last object whose end the watch has told.
-	removed *T
-	ready   bool
-	err     error
+	// told is the resourceVersion up to which the watch has told of every end: that of the
+	// last list, or of the last deletion.
+	told  string
+	ready bool
+	err   error
 }
 
 // NewMirror returns a Mirror that starts with Run.
@@ -64,6 +66,17 @@ func (m *Mirror[T]) Run(ctx context.Context) {
 	reflector := cache.NewReflectorWithOptions(observedListWatch[T]{m}, m.config.Example, mirrorStore[T]{m},
 		cache.ReflectorOptions{Name: m.config.Name, Logger: &silent})
 	reflector.RunWithContext(klog.NewContext(ctx, silent))
+}
+
+// Newer reports whether the resourceVersion a is later than b; false where it cannot be told.
+func Newer(a, b string) bool {
+	order, err := resourceversion.CompareResourceVersion(a, b)
+	return err == nil && order > 0
+}
+
+// newer reports whether a is a later state than b.
+func (m *Mirror[T]) newer(a, b T) bool {
+	return m.config.Version != nil && Newer(m.config.Version(a), m.config.Version(b))
 }
 
 // Synced is closed once the first list is in.
@@ -108,9 +121,9 @@ func (m *Mirror[T]) Err() error {
 func (m *Mirror[T]) Put(key types.NamespacedName, item T) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	// Events come in their order: of what is older than the last end that was told, the
-	// watch has told as well. If it is not there, it has come and gone.
-	if _, ok := m.items[key]; !ok && m.removed != nil && m.config.Newer != nil && m.config.Newer(*m.removed, item) {
+	// Events come in their order: what is older than the last list, or than the last end that
+	// was told, has been told of as well. If it is not there, it has come and gone.
+	if _, ok := m.items[key]; !ok && m.config.Version != nil && Newer(m.told, m.config.Version(item)) {
 		return
 	}
 	m.put(key, item)
@@ -127,7 +140,7 @@ func (m *Mirror[T]) Drop(key types.NamespacedName, same func(T) bool) {
 
 func (m *Mirror[T]) put(key types.NamespacedName, item T) (old *T, changed bool) {
 	if was, ok := m.items[key]; ok {
-		if m.config.Newer != nil && m.config.Newer(was, item) {
+		if m.newer(was, item) {
 			return nil, false
 		}
 		old = &was
@@ -156,9 +169,11 @@ func (m *Mirror[T]) remove(object any) error {
 		return err
 	}
 	m.mu.Lock()
-	m.removed = &item
+	if m.config.Version != nil {
+		m.told = m.config.Version(item)
+	}
 	old, ok := m.items[key]
-	if ok = ok && (m.config.Newer == nil || !m.config.Newer(old, item)); ok {
+	if ok = ok && !m.newer(old, item); ok {
 		delete(m.items, key)
 	}
 	m.mu.Unlock()
@@ -168,7 +183,7 @@ func (m *Mirror[T]) remove(object any) error {
 	return nil
 }
 
-func (m *Mirror[T]) replace(objects []any) error {
+func (m *Mirror[T]) replace(objects []any, version string) error {
 	items := make(map[types.NamespacedName]T, len(objects))
 	for _, object := range objects {
 		key, item, err := m.convert(object)
@@ -180,6 +195,7 @@ func (m *Mirror[T]) replace(objects []any) error {
 	m.mu.Lock()
 	was := m.items
 	m.items = maps.Clone(items) // what is told below is walked without the lock
+	m.told = version
 	first := !m.ready
 	m.ready = true
 	m.mu.Unlock()
@@ -245,11 +261,13 @@ func (m *Mirror[T]) observe(ctx context.Context, err error) {
 // mirrorStore is what the Reflector writes into.
 type mirrorStore[T any] struct{ m *Mirror[T] }
 
-func (s mirrorStore[T]) Add(object any) error                  { return s.m.upsert(object) }
-func (s mirrorStore[T]) Update(object any) error               { return s.m.upsert(object) }
-func (s mirrorStore[T]) Delete(object any) error               { return s.m.remove(object) }
-func (s mirrorStore[T]) Replace(objects []any, _ string) error { return s.m.replace(objects) }
-func (mirrorStore[T]) Resync() error                           { return nil }
+func (s mirrorStore[T]) Add(object any) error    { return s.m.upsert(object) }
+func (s mirrorStore[T]) Update(object any) error { return s.m.upsert(object) }
+func (s mirrorStore[T]) Delete(object any) error { return s.m.remove(object) }
+func (s mirrorStore[T]) Replace(objects []any, version string) error {
+	return s.m.replace(objects, version)
+}
+func (mirrorStore[T]) Resync() error { return nil }
 
 // observedListWatch tells the Mirror of the result of every call.
 type observedListWatch[T any] struct{ m *Mirror[T] }

@@ -180,7 +180,7 @@ func watchIn(t *testing.T, server *memory, ordered bool) *mirrored {
 		},
 	}
 	if ordered {
-		config.Newer = func(a, b int) bool { return a > b }
+		config.Version = strconv.Itoa
 	}
 	m.Mirror = NewMirror(config)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -301,13 +301,13 @@ func TestMirrorIsSyncedOnceTheFirstListIsToldAndStaysSo(t *testing.T) {
 	require.False(t, isSynced())
 	require.NoError(t, m.upsert(thing("early", 1)))
 	require.False(t, isSynced())
-	require.NoError(t, m.replace([]any{thing("a", 1), thing("b", 1)}))
+	require.NoError(t, m.replace([]any{thing("a", 1), thing("b", 1)}, "1"))
 	require.True(t, isSynced())
 	require.Equal(t, 4, told, "one that came early, two that are there, one that is not")
 
 	m.config.OnChange = nil
-	require.NoError(t, m.replace(nil))
-	require.NoError(t, m.replace([]any{thing("a", 1)}))
+	require.NoError(t, m.replace(nil, "1"))
+	require.NoError(t, m.replace([]any{thing("a", 1)}, "1"))
 	require.True(t, isSynced())
 	require.Equal(t, 1, m.Len())
 }
@@ -406,6 +406,21 @@ func TestPutDoesNotBringBackWhatHasGoneMeanwhile(t *testing.T) {
 		m.Put(thingKey("b"), 8)
 		_, there = m.Get(thingKey("b"))
 		require.True(t, there)
+	})
+}
+
+func TestPutDoesNotBringBackWhatAListDoesNotHave(t *testing.T) {
+	t.Parallel()
+	both(t, func(t *testing.T, streams bool) {
+		m := watchIn(t, newMemory(streams), true)
+		m.server.set() // created at 100 and deleted at 120, while the watch was away
+		m.server.version = 150
+		m.server.breakWatch()
+		elapse(time.Minute)
+		m.Put(thingKey("a"), 100)
+		require.Empty(t, m.content())
+		m.Put(thingKey("a"), 151)
+		require.Equal(t, map[string]int{"a": 151}, m.content())
 	})
 }
 
@@ -612,10 +627,30 @@ func TestWhatIsNoObjectIsAnErrorThatDoesNotShowIt(t *testing.T) {
 	m := NewMirror(MirrorConfig[int]{Name: "things", Convert: func(runtime.Object) int { return 1 }})
 	list := &corev1.ConfigMapList{Items: []corev1.ConfigMap{*thing("a", 1)}}
 	for _, object := range []any{canary, nil, list} {
-		for _, err := range []error{m.upsert(object), m.remove(object), m.replace([]any{object})} {
+		for _, err := range []error{m.upsert(object), m.remove(object), m.replace([]any{object}, "1")} {
 			require.ErrorContains(t, err, "mirror things")
 			requireSilent(t, err.Error())
 		}
 	}
 	require.Zero(t, m.Len())
+}
+
+func TestNewerComparesResourceVersions(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		a, b string
+		want bool
+	}{
+		{"2", "1", true},
+		{"1", "2", false},
+		{"1", "1", false},
+		{"10", "9", true},
+		{"99999999999999999999", "9", true},
+		{"", "1", false},
+		{"1", "", false},
+		{"x", "1", false},
+		{"1", "x", false},
+	} {
+		require.Equal(t, test.want, Newer(test.a, test.b), "%q, %q", test.a, test.b)
+	}
 }

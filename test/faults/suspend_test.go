@@ -109,6 +109,45 @@ func TestASuspendedLeaderBringsNothingBack(t *testing.T) {
 	require.Equal(t, rotation(hub), s.writes(mark))
 }
 
+// While a leader is suspended, another one leads, and gives the Lease up. The first takes it
+// again when it resumes, but goes on with nothing that it knew.
+func TestASuspendedLeaderBeginsAnewAfterAnotherHasLedAndGone(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", "hub.0")
+	hub := want{namespaces: s.namespaces(4, "a"), registry: "hub.0"}
+	hub.resource = s.resource("hub", "hub", s.byLabel("a"))
+	suspended := s.leader("suspended")
+	successor := s.coordinator("successor")
+	s.ready(successor)
+	s.settles(hub)
+	require.NoError(t, suspended.Signal(syscall.SIGSTOP))
+	s.eventually(func() error { // once its Lease has run out
+		if !s.isLeader(successor) {
+			return errors.New("it does not lead")
+		}
+		return nil
+	}, "nobody takes over")
+	hub.registry = "hub.1"
+	s.source("hub", hub.registry)
+	s.settles(hub)
+	require.NoError(t, successor.Terminate())
+
+	mark := control.Audit().Mark()
+	require.NoError(t, suspended.Signal(syscall.SIGCONT))
+	s.eventually(func() error {
+		if strings.Count(suspended.Log(), "msg=leading") < 2 || !s.isLeader(suspended) {
+			return errors.New("it does not lead anew")
+		}
+		return nil
+	}, "the suspended one does not begin anew")
+	s.settles(hub)
+	require.Empty(t, s.writes(mark))
+	hub.registry = "hub.2"
+	s.source("hub", hub.registry)
+	s.settles(hub)
+	require.Equal(t, rotation(hub), s.writes(mark))
+}
+
 // An agent's creation of a Secret arrives after the coordinator has created and rotated it.
 func TestALateCreationOfAnAgentBringsNothingBack(t *testing.T) {
 	s := newSystem(t)
@@ -124,6 +163,7 @@ func TestALateCreationOfAnAgentBringsNothingBack(t *testing.T) {
 	all.namespaces = s.namespaces(1, "")
 	s.pod(all.namespaces[0], "node-a", "a")
 	held := s.held(late)
+	s.demands("node-a", all.namespaces...)
 	require.NoError(t, agent.Signal(syscall.SIGSTOP)) // or it would give up after a while
 	s.settles(all)
 	all.registry = "registry.two"

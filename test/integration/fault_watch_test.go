@@ -2,6 +2,7 @@ package integration
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -65,6 +66,7 @@ func TestAnAgentWhoseWatchesStallHoldsUpOnlyWhatItsPodsAloneSelect(t *testing.T)
 	for _, e := range s.secretWrites(mark, "agent/node-a") {
 		require.Equal(t, byPods, e.Namespace)
 	}
+	s.calm()
 }
 
 // An agent that sees Pods, but no new credentials: what it creates is old, and the
@@ -94,6 +96,7 @@ func TestAnAgentThatMissesARotationIsPutRight(t *testing.T) {
 	s.pod(again, "node-a", map[string]string{s.prefix: "a"}, nil)
 	s.has(again, "registry.two")
 	history.is(s, []string{first, byPods}, watch.Added, watch.Modified)
+	s.calm()
 }
 
 // A coordinator that sees no changes of target Secrets: it delivers and rotates all the
@@ -135,6 +138,41 @@ func TestACoordinatorWhoseWatchOfTargetsStallsGoesOn(t *testing.T) {
 	history.is(s, []string{deleted}, watch.Added, watch.Deleted, watch.Added, watch.Modified)
 	history.is(s, []string{edited}, watch.Added, watch.Modified, watch.Modified, watch.Modified)
 	history.is(s, []string{untouched, late}, watch.Added, watch.Modified, watch.Modified)
+	s.calm()
+}
+
+// A coordinator that does not hear of a label, but of the Secret that an agent has created
+// for it: it asks before it deletes what it knows no reason for.
+func TestACoordinatorWhoseWatchOfNamespacesStallsDeletesNothingThatIsSelected(t *testing.T) {
+	s := newSystemBehindProxy(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	s.agent("node-a")
+	history := s.observe()
+	first, late := s.namespace(map[string]string{s.prefix: "a"}, nil), s.namespace(nil, nil)
+	s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`))
+	s.has(first, "registry.one")
+	s.ready(s.prefix, 1)
+
+	stall := s.stall(1, func(r cluster.Request) bool {
+		return r.UserAgent == "imps-test/coordinator" && r.Resource == "namespaces"
+	})
+	mark := s.control.Audit().Mark()
+	s.label(late, map[string]any{s.prefix: "a"})
+	s.pod(late, "node-a", nil, nil)
+	s.has(late, "registry.one")
+	s.eventually(func() error {
+		for _, e := range s.requests(mark, "coordinator") {
+			if e.Resource == "namespaces" && strings.Contains(e.URI, late) {
+				return nil
+			}
+		}
+		return fmt.Errorf("not yet")
+	}, "the coordinator does not ask for the namespace")
+	s.calm()
+	stall.Remove()
+	s.ready(s.prefix, 2)
+	history.is(s, []string{first, late}, watch.Added)
 }
 
 // While nobody at imps sees anything, etcd is compacted and the API server restarted, so
@@ -195,4 +233,5 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 	}
 	s.eventually(func() error { return s.event(s.prefix, "Normal", "Reconciled", "") }, "no Event")
 	require.Equal(t, was.ResourceVersion, s.secret(untouched, secretName).ResourceVersion, "nothing to do there")
+	s.calm()
 }

@@ -10,6 +10,7 @@ import (
 
 	impsync "github.com/imps-node/imps/pkg/sync"
 	clusterduty "github.com/imps-node/imps/pkg/sync/cluster"
+	"github.com/imps-node/imps/test/cluster/cluster"
 )
 
 func TestTheSecondCoordinatorTakesOverAtOnce(t *testing.T) {
@@ -83,6 +84,45 @@ func TestASupersededLeaderStopsAndLeavesTheLeaseAlone(t *testing.T) {
 	require.Equal(t, other, *lease.Spec.HolderIdentity)
 	// The tests after this one need the Lease.
 	require.NoError(t, leases.Delete(t.Context(), clusterduty.LeaseName, metav1.DeleteOptions{}))
+}
+
+// An agent whose Node is gone for longer than its report is kept, or was never there.
+func TestTheReportOfAnAgentThatLivesWithoutItsNodeStays(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator(func(c *clusterduty.Config) { c.ReportLinger = linger })
+	s.agent("node-a")
+	s.resource(s.prefix, spec(podRules(s.prefix)))
+	namespace := s.namespace(nil, nil)
+	s.pod(namespace, "node-a", map[string]string{s.prefix: "a"}, nil)
+	was := s.has(namespace, "registry.one")
+	s.demanded(namespace)
+	s.ready(s.prefix, 1)
+	deletions := func(mark cluster.Mark) (n int) {
+		for _, e := range s.requests(mark, "coordinator") {
+			if e.Resource == "configmaps" && e.Verb == "delete" {
+				n++
+			}
+		}
+		return n
+	}
+	mark := control.Audit().Mark()
+	require.NoError(t, s.core.CoreV1().Nodes().Delete(t.Context(), "node-a", metav1.DeleteOptions{}))
+	s.eventually(func() error {
+		if deletions(mark) == 0 {
+			return fmt.Errorf("not yet")
+		}
+		return nil
+	}, "the report of a node that is gone stays")
+	s.demanded(namespace)
+	s.calm()
+	mark = control.Audit().Mark()
+	pass(t, 3*linger)
+	require.Zero(t, deletions(mark), "its agent lives")
+	s.calm()
+	require.Empty(t, append(s.secretWrites(mark, "coordinator"), s.secretWrites(mark, "agent/node-a")...))
+	require.Equal(t, was.UID, s.has(namespace, "registry.one").UID)
+	s.ready(s.prefix, 1)
 }
 
 func TestTheReportOfANodeThatIsGoneGoesLater(t *testing.T) {

@@ -442,6 +442,27 @@ func TestAnOrphanedSecretStaysAndIsAdoptedAnew(t *testing.T) {
 	require.NotContains(t, string(raw), string(first.UID))
 }
 
+// A resource is orphaned while nobody leads, and with its rendered Secret the trace of its
+// state Secret is lost, but for what it left in the namespaces.
+func TestTheStateOfAnOrphanedResourceDoesNotOutliveIt(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	namespace := s.namespace(nil, nil)
+	coordinator := s.coordinator()
+	r := s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+	was := s.has(namespace, "registry.one")
+	s.ready(s.prefix, 1)
+	coordinator.stop()
+	require.NoError(t, s.core.CoreV1().Secrets(renderedNamespace).Delete(t.Context(), impsync.RenderedName(r.UID), metav1.DeleteOptions{}))
+	s.deleteResource(s.prefix, metav1.DeletePropagationOrphan)
+	s.owners(namespace, 0)
+	require.NotNil(t, s.secret(systemNamespace, impsync.StateName(r.UID)))
+	s.coordinator()
+	s.lacksNamed(systemNamespace, impsync.StateName(r.UID))
+	s.calm()
+	require.Equal(t, was.UID, s.has(namespace, "registry.one").UID)
+}
+
 func TestTheYoungerSaysWhatIsInItsOwnWayOnceTheOlderIsGone(t *testing.T) {
 	s := newSystem(t)
 	s.source("hub", dockerConfig("registry.one"))

@@ -221,6 +221,9 @@ func deleteResource(policy metav1.DeletionPropagation) func(context.Context, *so
 			return "", nil
 		}
 		if policy == metav1.DeletePropagationOrphan {
+			if r.renderedLost {
+				return r.name + ", not without its rendered Secret", nil // where it has no targets, either, its state Secret would stay
+			}
 			s.orphaned(r)
 		}
 		delete(s.resources, r.name)

@@ -105,6 +105,9 @@ type decision struct {
 	repairs *repairs
 	// confirm: nothing demands it as far as is known; ask the reports before deleting.
 	confirm bool
+	// unseen: this leader never saw the namespace selected; ask for its labels before
+	// deleting.
+	unseen bool
 }
 
 // errAgain asks for another look at once.
@@ -125,7 +128,7 @@ func (t *term) mirrorTargets(name string) {
 			}
 			t.enqueueTarget(targetKey{key.Namespace, key.Name})
 		},
-		Newer: func(a, b impsync.Existing) bool { return newer(a.ResourceVersion, b.ResourceVersion) },
+		Version: func(x impsync.Existing) string { return x.ResourceVersion },
 	})
 	t.targets[name] = mirror
 	t.background(mirror.Run)
@@ -277,7 +280,7 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 
 	claimants := t.claimants(key, meta, existing, exists, now)
 	if len(claimants) == 0 {
-		return t.decidePrune(existing, exists, key)
+		return t.decidePrune(existing, exists, key, now)
 	}
 	if owner := t.claims[existing.OwnerUID]; exists && owner != nil && owner.undecided() {
 		return decision{} // it stays its own; looked at again once that is known
@@ -443,15 +446,25 @@ func (t *term) demanded(c *claim, key demandKey, existing impsync.Existing, exis
 	if state != nil && state.nodes > 0 {
 		return true
 	}
-	mine := existing.OwnerUID == key.uid || existing.HasOwner(key.uid) && t.leftBehind(existing)
-	if !exists || !mine || existing.Ownership == impsync.Restored || existing.Ownership == impsync.Foreign {
-		t.demand.forget(key)
+	if !exists || existing.OwnerUID != key.uid || existing.Ownership == impsync.Restored || existing.Ownership == impsync.Foreign {
+		if !exists || !existing.HasOwner(key.uid) || !t.leftBehind(existing) {
+			t.demand.forget(key)
+		}
 		return false
 	}
 	if state == nil {
 		if _, ruled := c.outcomes[key.namespace]; ruled {
 			return false // a namespace rule selected it until now
 		}
+	}
+	return t.lingers(key, c.rendered.Target.Name(), now)
+}
+
+// lingers reports whether a Secret stays since the last demand, or the first look at it
+// where none was seen, was a moment ago; then it is looked at again.
+func (t *term) lingers(key demandKey, name string, now time.Time) bool {
+	state := t.demand.states[key]
+	if state == nil {
 		state = t.demand.linger(key, now)
 	}
 	if state.unknown && t.withoutAgent > 0 {
@@ -462,51 +475,79 @@ func (t *term) demanded(c *claim, key demandKey, existing impsync.Existing, exis
 	if left <= 0 {
 		return false
 	}
-	t.targetQueue.AddAfter(targetKey{key.namespace, c.rendered.Target.Name()}, left)
+	t.targetQueue.AddAfter(targetKey{key.namespace, name}, left)
 	return true
 }
 
 // decidePrune decides about a Secret that no claim selects.
-func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey) decision {
+func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey, now time.Time) decision {
 	if !exists || existing.Deleting || existing.Ownership == impsync.Foreign || existing.Ownership == impsync.Restored {
 		return decision{}
 	}
+	// Others that have claimed it hold it with their owner references. Where it is not known
+	// of one whether it still does, it is looked at again once it is.
+	owner := existing.OwnerUID
+	var holder *claim
+	for _, uid := range existing.OwnerReferences {
+		if uid == owner || !t.inForce(uid) {
+			continue
+		}
+		c := t.claims[uid]
+		if c == nil || c.rendered.Target.IsZero() && !c.withdrawn {
+			return decision{}
+		}
+		holder = c
+	}
 	d := decision{verb: remove, existing: existing}
-	if c := t.claims[existing.OwnerUID]; c != nil && t.inForce(existing.OwnerUID) {
+	if c := t.claims[owner]; c != nil && t.inForce(owner) {
 		if c.rendered.Target.IsZero() && !c.withdrawn {
 			return decision{} // not rendered yet in this term: nothing is known of what it selects
 		}
 		d.winner = c
-		if !existing.HasOwner(existing.OwnerUID) {
+		if !existing.HasOwner(owner) {
 			d.owners = []impsync.ResourceRef{c.ref} // being orphaned, or edited: ask first
 		}
-		d.confirm = t.demand.states[demandKey{key.namespace, existing.OwnerUID}] != nil
+		d.unseen = t.unseen(c, key)
+		d.confirm = t.demand.states[demandKey{key.namespace, owner}] != nil
 		return d
 	}
-	orphaned, gone := t.gone[existing.OwnerUID]
-	if gone && !orphaned && existing.HasOwner(existing.OwnerUID) {
-		return d
-	}
-	if t.leftBehind(existing) {
-		// By now those do not want it either that claimed it as well, and whose owner
-		// references hold it. Where that is not known of one, it is looked at again.
-		for _, uid := range existing.OwnerReferences {
-			c := t.claims[uid]
-			if c == nil || !t.inForce(uid) {
-				continue
-			}
-			if c.rendered.Target.IsZero() && !c.withdrawn {
+	if t.leftBehind(existing) && holder != nil {
+		// Those do not want it either by now. One with Pod rules may do so without a word
+		// yet, as in the case of its own Secrets.
+		d.winner, d.unseen = holder, t.unseen(holder, key)
+		if holder.selection != nil && holder.selection.HasPodRules() {
+			if t.lingers(demandKey{key.namespace, holder.ref.UID}, key.name, now) {
 				return decision{}
 			}
-			d.winner = c
+			d.confirm = true
 		}
-		if d.winner != nil {
-			return d
-		}
+		return d
+	}
+	orphaned, gone := t.gone[owner]
+	if gone && !orphaned && existing.HasOwner(owner) {
+		return d
+	}
+	if !gone && t.byUID[owner] == nil && existing.Ownership == impsync.Ours && !t.askedAfter[owner] {
+		t.askedAfter[owner] = true
+		t.resourceQueue.Add(owner) // its state Secret may have outlived it, too
 	}
 	// The owner is going, or was gone before this term: the garbage collector knows. Or
 	// its Secrets were orphaned: they stay until a resource that selects them adopts them.
 	return decision{}
+}
+
+// unseen reports whether this leader never saw the claim select the namespace, while labels
+// or annotations of it could have any claim of the Secret do so. The caller holds the lock.
+func (t *term) unseen(c *claim, key targetKey) bool {
+	if _, seen := c.outcomes[key.namespace]; seen {
+		return false
+	}
+	for _, claimant := range t.byTarget[key.name] {
+		if claimant.selection.HasMetadataRules() {
+			return true
+		}
+	}
+	return false
 }
 
 // leftBehind reports whether a Secret is that of a dead resource which another had claimed
@@ -608,6 +649,11 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 		if err := t.confirmOwners(ctx, d); err != nil {
 			return err
 		}
+		if d.unseen {
+			if selected, err := t.selectsLive(ctx, key); selected || err != nil {
+				return err
+			}
+		}
 		if d.confirm {
 			if err := t.rereadReports(ctx); err != nil {
 				return err
@@ -624,6 +670,28 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 		t.forget(key, d.existing)
 	}
 	return nil
+}
+
+// selectsLive asks for the namespace and reports whether a namespace rule selects it: an
+// agent may have seen its labels before our watch brings them. That event has the Secret
+// looked at again.
+func (t *term) selectsLive(ctx context.Context, key targetKey) (bool, error) {
+	list, err := t.metadata.Resource(impsync.NamespaceResource).List(ctx, metav1.ListOptions{
+		FieldSelector: metav1.ObjectNameField + "=" + key.namespace,
+	})
+	if err != nil {
+		return false, fmt.Errorf("read namespace %s: %w", key.namespace, err)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i := range list.Items {
+		for uid, c := range t.byTarget[key.name] {
+			if t.inForce(uid) && c.selection.SelectsByRule(key.namespace, list.Items[i].Labels, list.Items[i].Annotations) {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
 }
 
 // know records what a write returned, so that nothing waits for the watch to tell.
@@ -683,7 +751,7 @@ func (t *term) rereadRendered(ctx context.Context, uid types.UID) error {
 	default:
 		key := t.renderedKey(uid)
 		read := t.renderedOf(secret)
-		if was, ok := t.rendered.Get(key); !ok || newer(read.resourceVersion, was.resourceVersion) {
+		if was, ok := t.rendered.Get(key); !ok || impsync.Newer(read.resourceVersion, was.resourceVersion) {
 			t.rendered.Put(key, read)
 			t.resourceQueue.Add(uid)
 		}

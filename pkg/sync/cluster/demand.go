@@ -208,6 +208,7 @@ func (t *term) nodeChanged(key types.NamespacedName, old, current *struct{}) {
 			t.nodeGone[key.Name] = time.Now()
 		} else {
 			delete(t.nodeGone, key.Name)
+			delete(t.reportDropped, key.Name)
 		}
 	})
 	t.checkReport(key.Name)
@@ -224,7 +225,8 @@ func (t *term) checkReport(node string) {
 	}
 }
 
-// dropReport deletes the report of a node that is gone.
+// dropReport deletes the report of a node that is gone, once: one that comes back has an
+// agent that lives without the Node.
 func (t *term) dropReport(ctx context.Context, node string) error {
 	if _, ok := t.nodes.Get(types.NamespacedName{Name: node}); ok {
 		return nil
@@ -236,8 +238,9 @@ func (t *term) dropReport(ctx context.Context, node string) error {
 	if !ok || left <= 0 {
 		delete(t.nodeGone, node)
 	}
+	dropped := t.reportDropped[node]
 	t.mu.Unlock()
-	if !ok {
+	if !ok || dropped {
 		return nil
 	}
 	if left > 0 { // it was back in between
@@ -246,9 +249,13 @@ func (t *term) dropReport(ctx context.Context, node string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
-	return t.core.ConfigMaps(t.config.Namespace).Delete(ctx, name, metav1.DeleteOptions{
+	err := t.core.ConfigMaps(t.config.Namespace).Delete(ctx, name, metav1.DeleteOptions{
 		Preconditions: &metav1.Preconditions{UID: &report.uid, ResourceVersion: &report.resourceVersion},
 	})
+	if err == nil {
+		t.change(func() { t.reportDropped[node] = true })
+	}
+	return err
 }
 
 // nodesWithoutAgent counts the nodes that have no readable report, of all nodes.

@@ -220,7 +220,7 @@ func (t *term) mirrorOf(tt *testing.T, name string, secrets ...*metav1.PartialOb
 	t.targets[name] = synced(tt, impsync.MirrorConfig[impsync.Existing]{
 		Name: "Secrets named " + name, Example: &metav1.PartialObjectMetadata{}, Log: t.log,
 		Convert: func(o runtime.Object) impsync.Existing { return impsync.ExistingOf(o.(*metav1.PartialObjectMetadata)) },
-		Newer:   func(a, b impsync.Existing) bool { return newer(a.ResourceVersion, b.ResourceVersion) },
+		Version: func(x impsync.Existing) string { return x.ResourceVersion },
 	}, list)
 }
 

@@ -329,6 +329,7 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 			}
 			return nil, err
 		}
+		t.change(func() { c.state = &remembered }) // also where the rendered Secret cannot be written
 	}
 	published, there := t.published(c.ref.UID)
 	if !there || !sameRendered(published, next) {
@@ -369,8 +370,10 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 
 // withdraw takes back what a resource had rendered that asks for nothing any more.
 func (t *term) withdraw(ctx context.Context, c *claim) error {
-	if _, ok := t.rendered.Get(t.renderedKey(c.ref.UID)); ok {
-		if err := t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(c.ref.UID)); err != nil {
+	if was, ok := t.rendered.Get(t.renderedKey(c.ref.UID)); ok {
+		// Only this one: a leader after us may have rendered it anew.
+		exactly := metav1.Preconditions{UID: &was.uid, ResourceVersion: &was.resourceVersion}
+		if err := t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(c.ref.UID), &exactly); err != nil {
 			return err
 		}
 	}
@@ -392,9 +395,9 @@ func sameRendered(a, b impsync.Rendered) bool {
 // that no agent creates anything for it any more. Its state goes first of all: where we
 // die in between, the next leader learns from the rendered Secret what is left to do.
 func (t *term) retire(ctx context.Context, uid types.UID) error {
-	err := t.deleteOwn(ctx, t.config.Namespace, impsync.StateName(uid))
+	err := t.deleteOwn(ctx, t.config.Namespace, impsync.StateName(uid), nil)
 	if _, ok := t.rendered.Get(t.renderedKey(uid)); ok {
-		err = errors.Join(err, t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(uid)))
+		err = errors.Join(err, t.deleteOwn(ctx, t.config.RenderedNamespace, impsync.RenderedName(uid), nil))
 	}
 	if err != nil {
 		return err
@@ -439,10 +442,13 @@ func (t *term) isAlive(ctx context.Context, uid types.UID) (bool, error) {
 	}), nil
 }
 
-func (t *term) deleteOwn(ctx context.Context, namespace, name string) error {
+func (t *term) deleteOwn(ctx context.Context, namespace, name string, exactly *metav1.Preconditions) error {
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
-	err := t.core.Secrets(namespace).Delete(ctx, name, metav1.DeleteOptions{})
+	err := t.core.Secrets(namespace).Delete(ctx, name, metav1.DeleteOptions{Preconditions: exactly})
+	if apierrors.IsConflict(err) {
+		return fmt.Errorf("delete Secret %s/%s: %w", namespace, name, err)
+	}
 	if err != nil && !apierrors.IsNotFound(err) {
 		return passing(fmt.Sprintf("delete Secret %s/%s", namespace, name), err)
 	}

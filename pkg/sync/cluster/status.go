@@ -122,9 +122,9 @@ func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
 	status := t.statusOf(r, c, s)
 	counter := c.rendered.Target.Revision().Counter
 	rotated := status.Status == v1alpha1.StatusReady && c.reported != counter && c.reported != 0
+	t.exportMetrics(r.Name, s, status) // under the lock: once it has ended, nothing is
 	t.mu.Unlock()
 
-	t.exportMetrics(r.Name, s, status)
 	if equality.Semantic.DeepEqual(status, r.Status) && !rotated {
 		t.change(func() { c.markReported(status, counter) })
 		return nil

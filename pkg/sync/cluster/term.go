@@ -16,7 +16,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/resourceversion"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/record"
@@ -62,6 +61,8 @@ type term struct {
 	// their Secrets stay (orphaned).
 	byUID map[types.UID]*v1alpha1.ImagePullSecret
 	gone  map[types.UID]bool
+	// askedAfter are owners of Secrets that were gone before this term: each is retired once.
+	askedAfter map[types.UID]bool
 	// claims are the resources in force, and byTarget the same by target name.
 	claims   map[types.UID]*claim
 	byTarget map[string]map[types.UID]*claim
@@ -77,8 +78,9 @@ type term struct {
 	undeletable map[targetKey]undeletable
 	// withoutAgent is the number of nodes without a report.
 	withoutAgent int
-	// nodeGone is when a node was deleted.
-	nodeGone map[string]time.Time
+	// nodeGone is when a node was deleted, and reportDropped says that its report was, too.
+	nodeGone      map[string]time.Time
+	reportDropped map[string]bool
 }
 
 // namespaceMeta is what is kept of a Namespace.
@@ -111,19 +113,21 @@ type renderedSecret struct {
 
 func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 	t := &term{
-		Coordinator: c,
-		recorder:    recorder,
-		byUID:       map[types.UID]*v1alpha1.ImagePullSecret{},
-		gone:        map[types.UID]bool{},
-		claims:      map[types.UID]*claim{},
-		byTarget:    map[string]map[types.UID]*claim{},
-		targets:     map[string]*impsync.Mirror[impsync.Existing]{},
-		sources:     map[types.NamespacedName]*source{},
-		undeletable: map[targetKey]undeletable{},
-		nodeGone:    map[string]time.Time{},
-		formats:     map[string][]int{},
-		readers:     map[int]int{},
-		demand:      demand{byNode: map[string][]demandKey{}, states: map[demandKey]*demandState{}},
+		Coordinator:   c,
+		recorder:      recorder,
+		byUID:         map[types.UID]*v1alpha1.ImagePullSecret{},
+		gone:          map[types.UID]bool{},
+		askedAfter:    map[types.UID]bool{},
+		claims:        map[types.UID]*claim{},
+		byTarget:      map[string]map[types.UID]*claim{},
+		targets:       map[string]*impsync.Mirror[impsync.Existing]{},
+		sources:       map[types.NamespacedName]*source{},
+		undeletable:   map[targetKey]undeletable{},
+		nodeGone:      map[string]time.Time{},
+		reportDropped: map[string]bool{},
+		formats:       map[string][]int{},
+		readers:       map[int]int{},
+		demand:        demand{byNode: map[string][]demandKey{}, states: map[demandKey]*demandState{}},
 	}
 	t.resources = impsync.NewMirror(impsync.MirrorConfig[*v1alpha1.ImagePullSecret]{
 		Name: "ImagePullSecrets", Example: &v1alpha1.ImagePullSecret{}, Log: c.log,
@@ -162,9 +166,7 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 		ListWatch: impsync.TypedListWatch(c.core.Secrets(c.config.RenderedNamespace).List, c.core.Secrets(c.config.RenderedNamespace).Watch, metav1.ListOptions{}),
 		Convert:   func(o runtime.Object) renderedSecret { return c.renderedOf(o.(*corev1.Secret)) },
 		OnChange:  t.renderedChanged,
-		Newer: func(a, b renderedSecret) bool {
-			return newer(a.resourceVersion, b.resourceVersion)
-		},
+		Version:   func(r renderedSecret) string { return r.resourceVersion },
 	})
 	t.resourceQueue = newQueue[types.UID]("resources")
 	t.targetQueue = newQueue[targetKey]("targets")
@@ -177,11 +179,6 @@ func newQueue[K comparable](name string) workqueue.TypedRateLimitingInterface[K]
 	return workqueue.NewTypedRateLimitingQueueWithConfig(
 		workqueue.NewTypedItemExponentialFailureRateLimiter[K](100*time.Millisecond, time.Minute),
 		workqueue.TypedRateLimitingQueueConfig[K]{Name: "cluster-" + name})
-}
-
-func newer(a, b string) bool {
-	order, err := resourceversion.CompareResourceVersion(a, b)
-	return err == nil && order > 0
 }
 
 func reportOf(c *corev1.ConfigMap) reportObject {

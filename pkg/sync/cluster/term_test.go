@@ -25,26 +25,6 @@ import (
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
-func TestNewerComparesResourceVersions(t *testing.T) {
-	t.Parallel()
-	for _, test := range []struct {
-		a, b string
-		want bool
-	}{
-		{"2", "1", true},
-		{"1", "2", false},
-		{"1", "1", false},
-		{"10", "9", true},
-		{"99999999999999999999", "9", true},
-		{"", "1", false},
-		{"1", "", false},
-		{"x", "1", false},
-		{"1", "x", false},
-	} {
-		require.Equal(t, test.want, newer(test.a, test.b), "%q, %q", test.a, test.b)
-	}
-}
-
 func TestReportOf(t *testing.T) {
 	t.Parallel()
 	report := func(name, text string) reportObject {

@@ -36,6 +36,9 @@ const (
 	workers = 8
 	// reportInterval is the shortest time between two writes of the report.
 	reportInterval = time.Second
+	// reportLongest is how long a report waits that cannot be written: less than a Secret
+	// stays that nothing demands.
+	reportLongest = 15 * time.Second
 	// failuresToTell is how often in a row a namespace fails before the log tells: some
 	// seconds.
 	failuresToTell = 7
@@ -93,6 +96,7 @@ type Agent struct {
 
 // pod is what is kept of a Pod.
 type pod struct {
+	uid                 types.UID
 	labels, annotations map[string]string
 	// waiting: it has a container whose image may still have to be pulled.
 	waiting bool
@@ -119,6 +123,8 @@ type namespace struct {
 	stop context.CancelFunc
 	// known is the last metadata that was read; nil before.
 	known *namespaceMeta
+	// failed: it was asked for in vain, and the watch may bring it before the next try.
+	failed bool
 }
 
 type namespaceMeta struct {
@@ -270,7 +276,7 @@ func (a *Agent) Run(ctx context.Context) error {
 
 func convertPod(o runtime.Object) pod {
 	p := o.(*corev1.Pod)
-	return pod{labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p)}
+	return pod{uid: p.UID, labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p)}
 }
 
 // isWaiting reports whether an image of the Pod may still have to be pulled: a container
@@ -298,6 +304,11 @@ func (a *Agent) convertRendered(o runtime.Object) renderedSecret {
 }
 
 func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
+	if old != nil && current != nil && old.uid != current.uid {
+		// Another one of the same name, as of a StatefulSet; the end of the first was missed.
+		a.podChanged(key, old, nil)
+		old = nil
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	ns := a.namespaces[key.Namespace]
@@ -388,9 +399,9 @@ func (a *Agent) namespaceRead(name string, ns *namespace, current *namespaceMeta
 	if ns.known != nil && ns.known.equal(current) {
 		return
 	}
-	first := ns.known == nil
+	awaited := ns.known != nil || ns.failed
 	ns.known = current
-	if !first {
+	if awaited {
 		a.queue.Add(name)
 	}
 }
@@ -530,15 +541,14 @@ func (a *Agent) readNamespace(ctx context.Context, name string) (*namespaceMeta,
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	m, err := a.metadata.Resource(impsync.NamespaceResource).Get(ctx, name, metav1.GetOptions{})
-	if err != nil {
-		return nil, fmt.Errorf("read namespace %s: %w", name, err)
-	}
-	current := namespaceMetaOf(m)
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if ns.failed = err != nil && ns.known == nil; ns.failed {
+		return nil, fmt.Errorf("read namespace %s: %w", name, err)
+	}
 	// The watch may have been faster, and knows as much or more.
 	if ns.known == nil {
-		ns.known = current
+		ns.known = namespaceMetaOf(m)
 	}
 	return ns.known, nil
 }

@@ -416,6 +416,30 @@ func TestANamespaceIsLookedAtAgainWhenItChanges(t *testing.T) {
 	})
 }
 
+func TestANamespaceThatCouldNotBeReadIsLookedAtWhenTheWatchBringsIt(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *testAgent) {
+		a.pod("a", "1", &pod{waiting: true})
+		a.queued()
+		_, err := a.readNamespace(t.Context(), "a")
+		require.Error(t, err)
+		a.known("a", web)
+		require.Equal(t, []string{"a"}, a.queued())
+	})
+}
+
+func TestAPodThatWasReplacedUnseenIsAnotherOne(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *testAgent) {
+		a.pod("a", "web-0", &pod{uid: "1", waiting: true})
+		a.queued()
+		was := a.seen[types.NamespacedName{Namespace: "a", Name: "web-0"}]
+		<-time.After(time.Second)
+		a.pod("a", "web-0", &pod{uid: "2", waiting: true})
+		require.Equal(t, []string{"a"}, a.queued())
+		require.Equal(t, was.Add(time.Second), a.seen[types.NamespacedName{Namespace: "a", Name: "web-0"}])
+		require.Equal(t, 1, a.namespaces["a"].waiting)
+	})
+}
+
 func TestWhatTheWatchKnowsOfANamespaceIsNotAskedFor(t *testing.T) {
 	inBubble(t, func(t *testing.T, a *testAgent) {
 		meta, err := a.readNamespace(t.Context(), "a")

@@ -34,9 +34,9 @@ func (a *Agent) keepReport(ctx, work context.Context) error {
 		wrote, err := a.writeReport(work)
 		switch {
 		case err != nil:
+			backoff = min(2*backoff, reportLongest)
 			a.log.Warn("cannot write the node report", "error", impsync.Explain(err), "againIn", backoff.String())
 			a.dirty()
-			backoff = min(2*backoff, time.Minute)
 		case !wrote:
 			continue
 		default:

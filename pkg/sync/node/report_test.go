@@ -134,7 +134,7 @@ func TestAReportThatCannotBeWrittenIsTriedAgainEverMoreSeldom(t *testing.T) {
 		}
 		synctest.Wait()
 		require.Len(t, a.server.asked(), 1)
-		for i, wait := 0, 2*time.Second; i < 8; i, wait = i+1, min(2*wait, time.Minute) {
+		for i, wait := 0, 2*time.Second; i < 8; i, wait = i+1, min(2*wait, reportLongest) {
 			<-time.After(wait - 1)
 			synctest.Wait()
 			require.Empty(t, a.server.asked())
