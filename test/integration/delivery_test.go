@@ -227,6 +227,7 @@ registry:
 	s.has(namespace, "registry.one", "registry.four")
 	s.ready(s.prefix, 1)
 	require.Equal(t, was.UID, s.secret(namespace, secretName).UID)
+	s.calm()
 }
 
 // Whatever a source becomes that cannot be used, it costs nothing but a status.

@@ -207,6 +207,7 @@ func (s *system) doneOnce(during func(step func())) {
 		s.lacks(gone)
 		s.ready(s.prefix, len(all)-1)
 	})
+	s.calm()
 	history.is(s, all[:1], watch.Added, watch.Modified, watch.Deleted)
 	history.is(s, all[1:], watch.Added, watch.Modified)
 	// Nor was anything written that changed nothing. A write whose client is gone may stand
@@ -326,6 +327,7 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 		}
 	}
 	require.GreaterOrEqual(t, again, 4)
+	s.calm()
 }
 
 // A write that goes on failing is tried again ever more seldom.
@@ -390,6 +392,7 @@ func TestALostAnswerCostsNoSecondRotation(t *testing.T) {
 	s.ready(s.prefix, 1)
 	history.is(s, []string{namespace}, watch.Added)
 	require.Equal(t, string(r.UID)+".1", s.secret(namespace, secretName).Annotations[impsync.AnnotationRevision])
+	s.calm()
 }
 
 // A token that is refused for a while, as when the keys of the API server are changed.
@@ -488,4 +491,5 @@ func TestAServiceAccountThatIsDeletedAndMadeAgainCostsNothingButTime(t *testing.
 	require.Equal(t, was.UID, s.has(labelled, "registry.two").UID)
 	s.has(byPods, "registry.two")
 	s.ready(s.prefix, 2)
+	s.calm()
 }

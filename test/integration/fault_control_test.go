@@ -19,25 +19,28 @@ import (
 // The control plane goes away in the middle of a rotation. What was written is not written
 // again, and the rest is when it is back.
 func TestARotationSurvivesTheControlPlane(t *testing.T) {
-	for name, fault := range map[string]func(t *testing.T){
-		"whose API server is killed and started again": func(t *testing.T) {
-			require.NoError(t, control.StopAPIServer())
-			require.NoError(t, control.StartAPIServer(t.Context()))
+	for name, fault := range map[string]struct {
+		begin, end func() error
+		lasts      time.Duration
+	}{
+		"whose API server is killed and started again": {
+			begin: func() error { return control.StopAPIServer() },
+			end:   func() error { return control.StartAPIServer(t.Context()) },
 		},
 		// Longer than a request of imps waits, and than a Lease can go without being renewed.
-		"whose etcd hangs for a quarter of a minute": func(t *testing.T) {
-			require.NoError(t, control.Signal(cluster.Etcd, syscall.SIGSTOP))
-			pass(t, 15*time.Second)
-			require.NoError(t, control.Signal(cluster.Etcd, syscall.SIGCONT))
+		"whose etcd hangs for a quarter of a minute": {
+			begin: func() error { return control.Signal(cluster.Etcd, syscall.SIGSTOP) },
+			end:   func() error { return control.Signal(cluster.Etcd, syscall.SIGCONT) },
+			lasts: 15 * time.Second,
 		},
-		"whose etcd is stopped for a minute": func(t *testing.T) {
-			require.NoError(t, control.StopEtcd())
-			pass(t, time.Minute)
-			require.NoError(t, control.StartEtcd(t.Context()))
+		"whose etcd is stopped for a minute": {
+			begin: func() error { return control.StopEtcd() },
+			end:   func() error { return control.StartEtcd(t.Context()) },
+			lasts: time.Minute,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := newSystem(t)
+			s := newSystemBehindProxy(t)
 			s.patience = 2 * patient // after a minute of failures the backoff may be at its longest
 			s.source("hub", dockerConfig("registry.one"))
 			s.coordinator()
@@ -54,15 +57,24 @@ func TestARotationSurvivesTheControlPlane(t *testing.T) {
 				uids[namespace] = s.secret(namespace, secretName).UID
 			}
 			mark := s.control.Audit().Mark()
+			// So slow that there is a middle.
+			slow := s.proxy.Inject(cluster.Fault{Latency: 500 * time.Millisecond, Match: func(r cluster.Request) bool {
+				return r.Resource == "secrets" && r.Name == secretName && r.Verb == "patch"
+			}})
 			s.source("hub", dockerConfig("registry.two"))
 			s.eventually(func() error {
-				if len(s.secretWrites(mark, "coordinator")) == 0 {
-					return fmt.Errorf("no write yet")
+				if n := slow.Hits(); n <= 32 { // so many are written at once
+					return fmt.Errorf("%d", n)
 				}
 				return nil
 			}, "the rotation does not begin")
-			fault(t)
-			require.Less(t, len(s.secretWrites(mark, "coordinator")), many, "it was not in the middle")
+			require.NoError(t, fault.begin())
+			written := len(s.secretWrites(mark, "coordinator"))
+			require.Positive(t, written)
+			require.Less(t, written, many, "it is in the middle")
+			slow.Remove()
+			pass(t, fault.lasts)
+			require.NoError(t, fault.end())
 
 			for namespace, uid := range uids {
 				require.Equal(t, uid, s.has(namespace, "registry.two").UID)
@@ -145,5 +157,6 @@ func TestAFullEtcdIsWaitedFor(t *testing.T) {
 	}
 	s.ready(s.prefix, 2)
 	require.Equal(t, was.UID, s.secret(untouched, secretName).UID)
+	s.calm()
 	require.Len(t, s.secretWrites(mark, "coordinator"), 3, "one put back, two changed")
 }

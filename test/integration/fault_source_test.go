@@ -46,6 +46,7 @@ func TestASourceThatMayNotBeReadKeepsItsLastGoodCredentials(t *testing.T) {
 	}
 	s.ready(s.prefix, 2)
 	require.Equal(t, was.UID, s.secret(namespace, secretName).UID)
+	s.calm()
 	require.Len(t, s.secretWrites(mark, "coordinator"), 3)
 }
 
@@ -96,6 +97,7 @@ func TestRightsThatAreTakenAwayForAWhileCostNothingButTime(t *testing.T) {
 	s.has(namespace, "registry.two")
 	s.ready(s.prefix, 1)
 	history.is(s, []string{namespace}, watch.Added, watch.Modified)
+	s.calm()
 }
 
 // Credentials that no Secret can hold are found to be so before anything is sent.
@@ -138,6 +140,7 @@ registry:
 	s.source("two", dockerConfig("registry.three"))
 	require.Equal(t, was.UID, s.has(namespace, "registry.one", "registry.three").UID)
 	s.ready(s.prefix, 1)
+	s.calm()
 }
 
 // becomesLarger waits until the Secret of a namespace was changed.

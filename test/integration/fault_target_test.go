@@ -202,8 +202,10 @@ func (s *system) webhook(namespace, label string) *webhook {
 			},
 			NamespaceSelector: &metav1.LabelSelector{MatchLabels: map[string]string{s.prefix: label}},
 			Rules: []admissionregistrationv1.RuleWithOperations{{
-				Operations: []admissionregistrationv1.OperationType{admissionregistrationv1.Create, admissionregistrationv1.Update},
-				Rule:       admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"secrets"}},
+				Operations: []admissionregistrationv1.OperationType{
+					admissionregistrationv1.Create, admissionregistrationv1.Update, admissionregistrationv1.Delete,
+				},
+				Rule: admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"secrets"}},
 			}},
 		}},
 	}, metav1.CreateOptions{})
@@ -229,6 +231,40 @@ func (w *webhook) ServeHTTP(answer http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(answer).Encode(review)
 }
 
+// What is there stays as it is while its changes are refused, and goes with the next look
+// when its deletion is not refused any more.
+func TestARefusedChangeAndARefusedDeletionAreToldAndMadeInTheEnd(t *testing.T) {
+	s := newSystem(t)
+	s.patience = patient
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	refused, free := s.namespace(map[string]string{s.prefix: "refused"}, nil), s.namespace(nil, nil)
+	s.resource(s.prefix, spec(`  namespaces: {names: [`+free+`], labels: [{matchLabels: {`+s.prefix+`: refused}}]}`))
+	was := s.has(refused, "registry.one")
+	s.ready(s.prefix, 2)
+	webhook := s.webhook(refused, "refused")
+	mark, began := s.control.Audit().Mark(), time.Now()
+	most := func(changes int) int { return changes + int(math.Log2(1+time.Since(began).Seconds())) }
+
+	s.source("hub", dockerConfig("registry.two"))
+	s.has(free, "registry.two")
+	s.failed(s.prefix, refused, "says the webhook")
+	require.Equal(t, was.ResourceVersion, s.secret(refused, secretName).ResourceVersion)
+	// The label by which the webhook knows the namespace stays.
+	s.change(s.prefix, `spec: {target: {namespaces: {labels: []}}}`)
+	s.failed(s.prefix, "could not be deleted", refused, "says the webhook")
+	require.Equal(t, was.ResourceVersion, s.secret(refused, secretName).ResourceVersion)
+	require.LessOrEqual(t, s.tries(mark, "coordinator", refused), most(2))
+	require.Empty(t, s.event(s.prefix, corev1.EventTypeWarning, "SecretDeletionError", refused))
+
+	webhook.allow()
+	s.annotate(refused, map[string]string{"looked-at": "again"}) // else it would be ten minutes
+	s.lacks(refused)
+	s.ready(s.prefix, 1)
+	s.calm()
+	require.Len(t, s.secretWrites(mark, "coordinator"), 2, "one changed, one deleted")
+}
+
 // A webhook that is down is not a refusal: it is tried until it is up again, without any
 // change.
 func TestAWebhookThatIsDownDelaysOnlyItsNamespaces(t *testing.T) {
@@ -252,6 +288,7 @@ func TestAWebhookThatIsDownDelaysOnlyItsNamespaces(t *testing.T) {
 	webhook.allow()
 	s.has(behind, "registry.one")
 	s.ready(s.prefix, 2)
+	s.calm()
 	require.Len(t, s.secretWrites(mark, "coordinator"), 2)
 }
 
@@ -278,6 +315,7 @@ func TestASecretThatWasMadeImmutableStaysAndSaysSo(t *testing.T) {
 	require.NoError(t, s.core.CoreV1().Secrets(frozen).Delete(t.Context(), secretName, metav1.DeleteOptions{}))
 	s.has(frozen, "registry.two")
 	s.ready(s.prefix, 2)
+	s.calm()
 }
 
 // A namespace that begins to terminate takes its Secret with it: nobody tries to put it
@@ -308,4 +346,5 @@ func TestANamespaceThatTerminatesIsLeftAlone(t *testing.T) {
 	s.ready(s.prefix, 1)
 	require.Nil(t, s.secret(going, secretName))
 	require.LessOrEqual(t, s.tries(mark, "coordinator", going)+s.tries(mark, "agent/node-a", going), 1, "at most one that met its end")
+	s.calm()
 }
