@@ -103,19 +103,24 @@ func TestWrongClocksDoNoHarm(t *testing.T) {
 		s.settles(all)
 		require.Equal(t, rotation(all), s.writes(mark))
 
-		withPods := all
+		mark = control.Audit().Mark()
+		withPods, served := all, map[string]int{}
 		var pods []*corev1.Pod
 		for _, node := range []string{"node-fast", "node-slow"} {
 			namespace := s.namespace("")
 			withPods.namespaces = append(withPods.namespaces, namespace)
+			served[target(namespace)] = 1
 			pods = append(pods, s.pod(namespace, node, "a"))
 		}
 		s.settles(withPods)
+		require.Equal(t, served, s.writes(mark))
+		mark = control.Audit().Mark()
 		ended := time.Now()
 		for _, pod := range pods {
 			s.deletePod(pod)
 		}
 		s.settles(all)
+		require.Equal(t, served, s.writes(mark), "each deleted once")
 		require.Greater(t, time.Since(ended), linger)
 		require.False(t, s.isLeader(standby), "the two lead at once")
 	}

@@ -137,8 +137,10 @@ func TestOrphanedSecretsStayWhenTheLeaderDiesOfIt(t *testing.T) {
 	s.source("hub", "registry.one")
 	all := want{namespaces: s.namespaces(3, "a"), registry: "registry.one"}
 	for _, death := range deaths[:3] {
+		adopted := control.Audit().Mark()
 		all.resource = s.resource("all", "hub", s.byLabel("a"))
 		s.settles(all) // from the second time on with the Secrets that were there
+		require.Equal(t, rotation(all), s.writes(adopted))
 		was := s.contents()
 		mark := control.Audit().Mark()
 		orphaned := func() error { return s.orphaned(all) }

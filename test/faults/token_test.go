@@ -85,6 +85,7 @@ func TestADeadTokenIsSurvived(t *testing.T) {
 			s.patience = 2*time.Minute + within
 			s.settles(all)
 			s.demands("node-a", byPod)
+			require.Equal(t, rotation(all), s.writes(mark))
 			for _, p := range []*process{leader, agent} {
 				require.Equal(t, 1, strings.Count(p.Log(), "msg=starting"), "it was not started again")
 			}

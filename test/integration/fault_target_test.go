@@ -178,11 +178,11 @@ type webhook struct {
 const (
 	denying int32 = iota
 	down
+	hanging
 	allowing
 )
 
-func (w *webhook) allow()  { w.mode.Store(allowing) }
-func (w *webhook) hangUp() { w.mode.Store(down) }
+func (w *webhook) allow() { w.mode.Store(allowing) }
 
 // webhook registers a webhook that denies, and waits until it is asked.
 func (s *system) webhook(namespace, label string) *webhook {
@@ -219,7 +219,11 @@ func (s *system) webhook(namespace, label string) *webhook {
 func (w *webhook) ServeHTTP(answer http.ResponseWriter, r *http.Request) {
 	var review admissionv1.AdmissionReview
 	mode := w.mode.Load()
-	if err := json.NewDecoder(r.Body).Decode(&review); err != nil || mode == down {
+	err := json.NewDecoder(r.Body).Decode(&review)
+	if mode == hanging {
+		<-r.Context().Done() // when the API server has waited long enough
+	}
+	if err != nil || mode == down || mode == hanging {
 		panic(http.ErrAbortHandler)
 	}
 	review.Response = &admissionv1.AdmissionResponse{UID: review.Request.UID, Allowed: mode == allowing}
@@ -265,31 +269,37 @@ func TestARefusedChangeAndARefusedDeletionAreToldAndMadeInTheEnd(t *testing.T) {
 	require.Len(t, s.secretWrites(mark, "coordinator"), 2, "one changed, one deleted")
 }
 
-// A webhook that is down is not a refusal: it is tried until it is up again, without any
-// change.
-func TestAWebhookThatIsDownDelaysOnlyItsNamespaces(t *testing.T) {
-	s := newSystem(t)
-	s.patience = patient
-	s.source("hub", dockerConfig("registry.one"))
-	behind, free := s.namespace(map[string]string{s.prefix: "behind"}, nil), s.namespace(nil, nil)
-	webhook := s.webhook(behind, "behind")
-	webhook.hangUp()
-	s.coordinator()
-	mark := s.control.Audit().Mark()
-	s.resource(s.prefix, spec(`  namespaces: {names: [`+behind+`, `+free+`]}`))
-	s.has(free, "registry.one")
-	s.failed(s.prefix, behind, "will be tried again", "failed calling webhook")
-	s.eventually(func() error {
-		if n := s.tries(mark, "coordinator", behind); n < 3 {
-			return fmt.Errorf("%d tries", n)
-		}
-		return nil
-	}, "it is not tried again")
-	webhook.allow()
-	s.has(behind, "registry.one")
-	s.ready(s.prefix, 2)
-	s.calm()
-	require.Len(t, s.secretWrites(mark, "coordinator"), 2)
+// A webhook that does not answer is not a refusal: it is tried, ever more seldom, until it
+// does, without any change.
+func TestAWebhookThatDoesNotAnswerDelaysOnlyItsNamespaces(t *testing.T) {
+	for name, mode := range map[string]int32{"it hangs up": down, "it hangs": hanging} {
+		t.Run(name, func(t *testing.T) {
+			s := newSystem(t)
+			s.patience = patient
+			s.source("hub", dockerConfig("registry.one"))
+			behind, free := s.namespace(map[string]string{s.prefix: "behind"}, nil), s.namespace(nil, nil)
+			webhook := s.webhook(behind, "behind")
+			webhook.mode.Store(mode)
+			s.coordinator()
+			mark, began := s.control.Audit().Mark(), time.Now()
+			s.resource(s.prefix, spec(`  namespaces: {names: [`+behind+`, `+free+`]}`))
+			s.has(free, "registry.one")
+			s.failed(s.prefix, behind, "will be tried again", "failed calling webhook")
+			s.eventually(func() error {
+				if n := s.tries(mark, "coordinator", behind); n < 3 {
+					return fmt.Errorf("%d tries", n)
+				}
+				return nil
+			}, "it is not tried again")
+			// A tenth of a second apart at first, then two, four, and so on.
+			require.LessOrEqual(t, s.tries(mark, "coordinator", behind), 2+int(math.Log2(1+10*time.Since(began).Seconds())))
+			webhook.allow()
+			s.has(behind, "registry.one")
+			s.ready(s.prefix, 2)
+			s.calm()
+			require.Len(t, s.secretWrites(mark, "coordinator"), 2)
+		})
+	}
 }
 
 // A Secret of imps's own that a user made immutable cannot be changed in place, and is not

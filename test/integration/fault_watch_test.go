@@ -194,6 +194,8 @@ target: {secret: {name: `+otherSecretName+`}, namespaces: {labels: [{matchLabels
 registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 	s.ready(s.prefix, 4)
 	s.ready(s.prefix+"-gone", 4)
+	s.calm()
+	mark := s.control.Audit().Mark()
 	was := s.secret(untouched, secretName)
 
 	held := s.proxy.Inject(cluster.Fault{Match: func(r cluster.Request) bool { return r.Verb == "watch" }, Hold: true})
@@ -234,4 +236,11 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 	s.eventually(func() error { return s.event(s.prefix, "Normal", "Reconciled", "") }, "no Event")
 	require.Equal(t, was.ResourceVersion, s.secret(untouched, secretName).ResourceVersion, "nothing to do there")
 	s.calm()
+	writes := map[string]int{}
+	for _, e := range append(s.secretWrites(mark, "coordinator"), s.secretWrites(mark, "agent/node-a")...) {
+		if e.Name == secretName {
+			writes[e.Namespace]++
+		}
+	}
+	require.Equal(t, map[string]int{deleted: 1, edited: 1, deselected: 1, selected: 1, byPods: 1}, writes)
 }

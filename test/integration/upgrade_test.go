@@ -96,9 +96,11 @@ func (u *upgrade) replaceAgent(i int, with release) {
 }
 
 // kept asserts that nothing was lost, that every Secret is the one it was and was written
-// so many times, and that the agents create Secrets by the form that is there now.
+// so many times, the rendered one once more at most, and that the agents create Secrets by
+// the form that is there now.
 func (u *upgrade) kept(writes int, registry string) {
 	u.t.Helper()
+	u.ready(u.prefix+"r", len(u.namespaces))
 	// Longer than what no Pod demands any more would stay.
 	require.Never(u.t, func() bool {
 		for namespace, uid := range u.secrets {
@@ -115,6 +117,14 @@ func (u *upgrade) kept(writes int, registry string) {
 	for _, namespace := range u.namespaces {
 		require.Equal(u.t, writes, counts[namespace], "writes of the Secret in %s", namespace)
 	}
+	rendered := 0
+	for _, e := range u.requests(u.mark, "coordinator") {
+		if e.Resource == "secrets" && e.Namespace == renderedNamespace && e.Code < 300 && e.Verb == "patch" {
+			rendered++
+		}
+	}
+	require.Positive(u.t, rendered)
+	require.LessOrEqual(u.t, rendered, writes+1)
 	u.running.stop() // the agents do it alone
 	for _, node := range u.nodes {
 		namespace := u.namespace(nil, nil)
