@@ -174,6 +174,44 @@ func TestFaultsOfSingleRequestsCostNothingButTime(t *testing.T) {
 	}
 }
 
+// The same from the start on: the first list and watch of each kind, the Lease, a report.
+func TestAStartAmongFaultsCostsNothingButTime(t *testing.T) {
+	for name, fault := range map[string]cluster.Fault{
+		"the API server fails":                   {Status: failure(http.StatusInternalServerError, metav1.StatusReasonInternalError)},
+		"the API server has too much to do":      {Status: tooManyRequests("1")},
+		"the connection breaks after it is done": {ResetAfter: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSystemBehindProxy(t)
+			s.source("hub", dockerConfig("registry.one"))
+			var mu sync.Mutex
+			hit := map[string]int{} // by verb and resource
+			first := firstOfEach(nil)
+			fault.Match = func(r cluster.Request) bool {
+				if !first(r) {
+					return false
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				hit[r.Verb+" "+r.Resource]++
+				return true
+			}
+			s.proxy.Inject(fault)
+			s.coordinator(func(c *clusterduty.Config) { c.DemandLinger = clusterduty.DefaultDemandLinger })
+			s.agent("node-a")
+			s.doneOnce(func(step func()) { step() })
+			mu.Lock()
+			defer mu.Unlock()
+			for _, request := range []string{
+				"watch imagepullsecrets", "watch namespaces", "watch nodes", "watch pods", "watch configmaps", "watch secrets",
+				"get leases", "update leases", "patch secrets", "patch configmaps", "patch imagepullsecrets",
+			} {
+				require.Contains(t, hit, request)
+			}
+		})
+	}
+}
+
 // doneOnce runs everything that imps does, each step with what during does to it, and
 // requires that all of it is done, and nothing more than once.
 func (s *system) doneOnce(during func(step func())) {
