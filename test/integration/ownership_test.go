@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	impsync "github.com/imps-node/imps/pkg/sync"
+	"github.com/imps-node/imps/test/cluster/cluster"
 )
 
 // asIMPS writes a target Secret the way banzaicloud/imps does: an update with data, its
@@ -513,6 +515,36 @@ func TestTheStateOfAnOrphanedResourceDoesNotOutliveIt(t *testing.T) {
 	s.lacksNamed(systemNamespace, impsync.StateName(r.UID))
 	s.calm()
 	require.Equal(t, was.UID, s.has(namespace, "registry.one").UID)
+}
+
+// The garbage collector does not hear of every end: where its watch broke, and another
+// resource of that name was created meanwhile, it takes the two for one.
+func TestWhatAResourceLeftThatIsGoneBeforeItsLeaderGoesWithoutTheGarbageCollector(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	left, other := s.namespace(nil, nil), s.namespace(nil, nil)
+	coordinator := s.coordinator()
+	first := s.resource(s.prefix, spec(`  namespaces: {names: [`+left+`]}`))
+	s.has(left, "registry.one")
+	s.ready(s.prefix, 1)
+	coordinator.stop()
+	require.NoError(t, control.Signal(cluster.ControllerManager, syscall.SIGSTOP))
+	goOn := s.givesBack(func() error { return control.Signal(cluster.ControllerManager, syscall.SIGCONT) })
+	s.deleteResource(s.prefix, metav1.DeletePropagationBackground)
+	mark := control.Audit().Mark()
+	s.resource(s.prefix, spec(`  namespaces: {names: [`+other+`]}`))
+	s.coordinator()
+	s.lacks(left)
+	for namespace, name := range map[string]string{systemNamespace: impsync.StateName(first.UID), renderedNamespace: impsync.RenderedName(first.UID)} {
+		s.lacksNamed(namespace, name)
+	}
+	was := s.has(other, "registry.one")
+	s.ready(s.prefix, 1)
+	s.calm()
+	require.Len(t, s.secretWrites(mark, "coordinator"), 2, "one deleted, one created")
+	goOn()
+	s.calm()
+	require.Equal(t, was.ResourceVersion, s.has(other, "registry.one").ResourceVersion)
 }
 
 func TestTheYoungerSaysWhatIsInItsOwnWayOnceTheOlderIsGone(t *testing.T) {

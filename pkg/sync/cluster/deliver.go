@@ -527,12 +527,14 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 	if gone && !orphaned && existing.HasOwner(owner) {
 		return d
 	}
-	if !gone && t.byUID[owner] == nil && existing.Ownership == impsync.Ours && !t.askedAfter[owner] {
-		t.askedAfter[owner] = true
-		t.resourceQueue.Add(owner) // its state Secret may have outlived it, too
+	if !gone && t.byUID[owner] == nil {
+		// It was gone before this term, it seems. The garbage collector, which has the same
+		// to do, does not hear of it where a watch of it broke and another resource of that
+		// name was created meanwhile.
+		t.resourceQueue.Add(owner)
 	}
-	// The owner is going, or was gone before this term: the garbage collector knows. Or
-	// its Secrets were orphaned: they stay until a resource that selects them adopts them.
+	// Or the owner is going. Or its Secrets were orphaned: they stay until a resource that
+	// selects them adopts them.
 	return decision{}
 }
 

@@ -353,7 +353,7 @@ func TestDecideAboutSecretsOfADeletedResource(t *testing.T) {
 		"it was deleted: its Secrets go":                         {"gone", nil, remove},
 		"it was deleted; a Secret without owner reference stays": {"gone", []func(*metav1.PartialObjectMetadata){orphaned}, leave},
 		"it was deleted, but its Secrets were to stay":           {"orphaned", nil, leave},
-		"it was deleted before this term: the collector knows":   {"unknown", nil, leave},
+		"it may be too new to be known":                          {"unknown", nil, leave},
 		"it was not rendered yet in this term: nothing is known": {"unrendered", nil, leave},
 		"it was deleted; what was written by IMPS for it goes":   {"gone", []func(*metav1.PartialObjectMetadata){imps}, remove},
 		"it was deleted; a copy that a user has restored stays":  {"gone", []func(*metav1.PartialObjectMetadata){unmanaged}, leave},
@@ -375,6 +375,8 @@ func TestDecideAboutSecretsOfADeletedResource(t *testing.T) {
 					s.gone[r.UID] = false
 				case "orphaned":
 					s.gone[r.UID] = true
+				case "unknown":
+					delete(s.byUID, r.UID)
 				case "unrendered":
 					s.claims[r.UID] = newClaim(r, impsync.Rendered{})
 				}
@@ -382,6 +384,11 @@ func TestDecideAboutSecretsOfADeletedResource(t *testing.T) {
 				require.Equal(t, test.verb, d.verb, d.verb)
 				require.Nil(t, d.winner)
 				require.False(t, d.confirm)
+				if test.state == "unknown" {
+					require.Equal(t, []string{"uid-a"}, s.queuedResources(), "it is asked for")
+				} else {
+					require.Empty(t, s.queuedResources())
+				}
 			})
 		})
 	}

@@ -153,10 +153,13 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	if r == nil || r.DeletionTimestamp != nil {
 		t.mu.Unlock()
 		if r == nil && !seenGoing {
-			// Nobody has told of its end: perhaps it is too new for our watch.
-			if alive, err := t.isAlive(ctx, uid); alive || err != nil {
+			// Nobody has told of its end: perhaps it is too new for our watch, which will
+			// bring it.
+			if there, err := t.isThere(ctx, uid); there || err != nil {
 				return err
 			}
+			// What still refers to it was not orphaned.
+			t.change(func() { t.gone[uid] = false })
 		}
 		return t.retire(ctx, uid)
 	}
@@ -429,17 +432,15 @@ func (t *term) retire(ctx context.Context, uid types.UID) error {
 	return nil
 }
 
-// isAlive asks the API server whether a resource is there and not going.
-func (t *term) isAlive(ctx context.Context, uid types.UID) (bool, error) {
+// isThere asks the API server whether there is a resource with this UID.
+func (t *term) isThere(ctx context.Context, uid types.UID) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
 	list := &v1alpha1.ImagePullSecretList{}
 	if err := t.images.Get().Resource(v1alpha1.Resource.Resource).Do(ctx).Into(list); err != nil {
 		return false, passing("list the ImagePullSecrets", err)
 	}
-	return slices.ContainsFunc(list.Items, func(r v1alpha1.ImagePullSecret) bool {
-		return r.UID == uid && r.DeletionTimestamp == nil
-	}), nil
+	return slices.ContainsFunc(list.Items, func(r v1alpha1.ImagePullSecret) bool { return r.UID == uid }), nil
 }
 
 func (t *term) deleteOwn(ctx context.Context, namespace, name string, exactly *metav1.Preconditions) error {

@@ -57,12 +57,10 @@ type term struct {
 	mu sync.Mutex
 	// started: the first lists are in, and changes are worth a look.
 	started bool
-	// byUID are all resources, gone the ones that were deleted in this term: true where
-	// their Secrets stay (orphaned).
+	// byUID are all resources, gone the ones that were deleted in this term, or found to be
+	// gone: true where their Secrets stay (orphaned).
 	byUID map[types.UID]*v1alpha1.ImagePullSecret
 	gone  map[types.UID]bool
-	// askedAfter are owners of Secrets that were gone before this term: each is retired once.
-	askedAfter map[types.UID]bool
 	// claims are the resources in force, and byTarget the same by target name.
 	claims   map[types.UID]*claim
 	byTarget map[string]map[types.UID]*claim
@@ -117,7 +115,6 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 		recorder:      recorder,
 		byUID:         map[types.UID]*v1alpha1.ImagePullSecret{},
 		gone:          map[types.UID]bool{},
-		askedAfter:    map[types.UID]bool{},
 		claims:        map[types.UID]*claim{},
 		byTarget:      map[string]map[types.UID]*claim{},
 		targets:       map[string]*impsync.Mirror[impsync.Existing]{},

@@ -169,6 +169,7 @@ func TestAResourceThatNobodyHasSeenGoIsAskedForBeforeItIsRetired(t *testing.T) {
 		const list = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets"
 		require.Error(t, s.reconcileResource(t.Context(), "uid-new"), "the server is away")
 		require.Equal(t, []string{list}, s.server().asked(), "nothing is deleted")
+		require.NotContains(t, s.gone, types.UID("uid-new"))
 		s.gone["uid-old"] = false
 		require.Error(t, s.reconcileResource(t.Context(), "uid-old"))
 		require.NotContains(t, s.server().asked(), list, "its end was seen")
