@@ -3,6 +3,7 @@ package faults
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -107,6 +108,65 @@ func TestASuspendedLeaderBringsNothingBack(t *testing.T) {
 	s.source("hub", hub.registry)
 	s.settles(hub, other)
 	require.Equal(t, rotation(hub), s.writes(mark))
+}
+
+// A leader is suspended while it deletes, and before the deletions arrive one namespace is
+// selected again. Its status comes too late as well.
+func TestASuspendedLeaderDeletesNothingThatIsWantedAgain(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", "hub.0")
+	all := want{namespaces: s.namespaces(4, "a"), registry: "hub.0"}
+	all.resource = s.resource("all", "hub", s.byLabel("a"))
+	suspended := s.leader("suspended")
+	successor := s.coordinator("successor")
+	s.ready(successor)
+	s.settles(all)
+
+	status := suspended.proxy.Inject(cluster.Fault{Hold: true, Times: 1, Match: func(r cluster.Request) bool {
+		return r.Resource == "imagepullsecrets" && isWrite(r.Verb)
+	}})
+	all.namespaces = append(all.namespaces, s.namespace("a"))
+	late := s.held(status)
+	deletions := suspended.proxy.Inject(cluster.Fault{Hold: true, Match: func(r cluster.Request) bool {
+		return r.Name == imps.SecretName && r.Verb == "delete"
+	}})
+	back, away := all.namespaces[0], all.namespaces[1]
+	s.label(back, "b")
+	s.label(away, "b")
+	held := []*cluster.Held{s.held(deletions), s.held(deletions)}
+	require.NoError(t, suspended.Signal(syscall.SIGSTOP))
+	all.namespaces = slices.DeleteFunc(all.namespaces, func(namespace string) bool { return namespace == away })
+	s.label(back, "a")
+
+	mark := control.Audit().Mark()
+	s.eventually(func() error { // once its Lease has run out
+		if !s.isLeader(successor) {
+			return errors.New("it does not lead")
+		}
+		return nil
+	}, "nobody takes over")
+	s.settles(all)
+	require.Equal(t, map[string]int{target(away): 1}, s.writes(mark))
+	all.registry = "hub.1"
+	s.source("hub", all.registry)
+	s.settles(all)
+
+	mark = control.Audit().Mark()
+	for _, h := range append(held, late) {
+		h.Release()
+	}
+	s.eventually(func() error {
+		if tries := s.tries(mark); len(tries) < len(held)+1 {
+			return fmt.Errorf("answered: %v", tries)
+		}
+		return nil
+	}, "what was on its way does not arrive")
+	require.Empty(t, s.writes(mark), "it comes too late")
+	require.NoError(t, suspended.Signal(syscall.SIGCONT))
+	s.settles(all)
+	require.Empty(t, s.writes(mark))
+	require.True(t, s.isLeader(successor))
+	require.False(t, s.isLeader(suspended))
 }
 
 // While a leader is suspended, another one leads, and gives the Lease up. The first takes it

@@ -205,6 +205,14 @@ func (s *system) namespace(label string) string {
 	return control.Namespace(s.t, map[string]string{s.prefix: label})
 }
 
+// label changes the test's label of a namespace.
+func (s *system) label(namespace, value string) {
+	s.t.Helper()
+	_, err := s.core.CoreV1().Namespaces().Patch(s.t.Context(), namespace, types.MergePatchType,
+		fmt.Appendf(nil, `{"metadata":{"labels":{%q:%q}}}`, s.prefix, value), metav1.PatchOptions{})
+	require.NoError(s.t, err)
+}
+
 func (s *system) namespaces(n int, label string) []string {
 	s.t.Helper()
 	var names []string
