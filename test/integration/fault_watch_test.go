@@ -175,6 +175,39 @@ func TestACoordinatorWhoseWatchOfNamespacesStallsDeletesNothingThatIsSelected(t 
 	history.is(s, []string{first, late}, watch.Added)
 }
 
+// A coordinator that does not hear that a resource selects by another label now, but of the
+// namespace that has only that one.
+func TestACoordinatorWhoseWatchOfResourcesStallsDeletesNothingThatIsSelected(t *testing.T) {
+	s := newSystemBehindProxy(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	history := s.observe()
+	kept, left := s.namespace(map[string]string{s.prefix: "a"}, nil), s.namespace(map[string]string{s.prefix: "a"}, nil)
+	s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`))
+	s.ready(s.prefix, 2)
+
+	stall := s.stall(1, func(r cluster.Request) bool { return r.Resource == "imagepullsecrets" })
+	mark := s.control.Audit().Mark()
+	s.change(s.prefix, `spec: {target: {namespaces: {labels: [{matchLabels: {`+s.prefix+`: b}}]}}}`)
+	s.label(kept, map[string]any{s.prefix: "b"})
+	s.label(left, map[string]any{s.prefix: "c"})
+	s.eventually(func() error {
+		for _, e := range s.requests(mark, "coordinator") {
+			if e.Resource == "imagepullsecrets" && e.Verb == "list" {
+				return nil
+			}
+		}
+		return fmt.Errorf("not yet")
+	}, "the coordinator does not ask for the resources")
+	s.calm()
+	require.NotNil(t, s.secret(left, secretName))
+	stall.Remove()
+	s.lacks(left)
+	s.ready(s.prefix, 1)
+	history.is(s, []string{kept}, watch.Added)
+	history.is(s, []string{left}, watch.Added, watch.Deleted)
+}
+
 // While nobody at imps sees anything, etcd is compacted and the API server restarted, so
 // that every watch that goes on from where it was is answered with 410. What changed
 // meanwhile is found by comparing.

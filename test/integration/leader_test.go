@@ -7,6 +7,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
 
 	impsync "github.com/imps-node/imps/pkg/sync"
 	clusterduty "github.com/imps-node/imps/pkg/sync/cluster"
@@ -84,6 +85,27 @@ func TestASupersededLeaderStopsAndLeavesTheLeaseAlone(t *testing.T) {
 	require.Equal(t, other, *lease.Spec.HolderIdentity)
 	// The tests after this one need the Lease.
 	require.NoError(t, leases.Delete(t.Context(), clusterduty.LeaseName, metav1.DeleteOptions{}))
+}
+
+// While nobody leads, a resource comes to select by another label, and the namespaces have
+// only that one. The next leader knows the old selection first.
+func TestALeaderDeletesNothingByAnOldSelection(t *testing.T) {
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	coordinator := s.coordinator()
+	history := s.observe()
+	kept, left := s.namespace(map[string]string{s.prefix: "a"}, nil), s.namespace(map[string]string{s.prefix: "a"}, nil)
+	s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`))
+	s.ready(s.prefix, 2)
+	coordinator.stop()
+	s.change(s.prefix, `spec: {target: {namespaces: {labels: [{matchLabels: {`+s.prefix+`: b}}]}}}`)
+	s.label(kept, map[string]any{s.prefix: "b"})
+	s.label(left, map[string]any{s.prefix: "c"})
+	s.coordinator()
+	s.lacks(left)
+	s.ready(s.prefix, 1)
+	history.is(s, []string{kept}, watch.Added)
+	history.is(s, []string{left}, watch.Added, watch.Deleted)
 }
 
 // An agent whose Node is gone for longer than its report is kept, or was never there.

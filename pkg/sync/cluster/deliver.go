@@ -110,8 +110,12 @@ type decision struct {
 	unseen bool
 }
 
-// errAgain asks for another look at once.
-var errAgain = errors.New("changed meanwhile")
+var (
+	// errAgain asks for another look at once.
+	errAgain = errors.New("changed meanwhile")
+	// errBehind asks for another look when the watches have told of what the API server says.
+	errBehind = errors.New("a watch is behind")
+)
 
 // mirrorTargets starts the watch of the Secrets of a name. The caller holds the lock.
 func (t *term) mirrorTargets(name string) {
@@ -484,9 +488,13 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 	if !exists || existing.Deleting || existing.Ownership == impsync.Foreign || existing.Ownership == impsync.Restored {
 		return decision{}
 	}
+	owner := existing.OwnerUID
+	if t.awaited(key.name, owner) {
+		t.targetQueue.AddAfter(key, impsync.RecheckSoonest)
+		return decision{}
+	}
 	// Others that have claimed it hold it with their owner references. Where it is not known
 	// of one whether it still does, it is looked at again once it is.
-	owner := existing.OwnerUID
 	var holder *claim
 	for _, uid := range existing.OwnerReferences {
 		if uid == owner || !t.inForce(uid) {
@@ -503,11 +511,7 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 		if c.rendered.Target.IsZero() && !c.withdrawn {
 			return decision{} // not rendered yet in this term: nothing is known of what it selects
 		}
-		d.winner = c
-		if !existing.HasOwner(owner) {
-			d.owners = []impsync.ResourceRef{c.ref} // being orphaned, or edited: ask first
-		}
-		d.unseen = t.unseen(c, key)
+		d.winner, d.unseen = c, t.unseen(c, key)
 		d.confirm = t.demand.states[demandKey{key.namespace, owner}] != nil
 		return d
 	}
@@ -536,6 +540,20 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 	// Or the owner is going. Or its Secrets were orphaned: they stay until a resource that
 	// selects them adopts them.
 	return decision{}
+}
+
+// awaited reports whether the owner, or another resource with this target name, says
+// something by now that is not in force yet: it may want the Secret. The caller holds the
+// lock.
+func (t *term) awaited(name string, owner types.UID) bool {
+	for uid, r := range t.byUID {
+		if (uid == owner || r.Spec.Target.Secret.Name == name) && t.inForce(uid) {
+			if c := t.claims[uid]; c == nil || c.settled != r.Generation {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // unseen reports whether this leader never saw the claim select the namespace, while labels
@@ -648,17 +666,19 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 		t.know(key, m)
 		return errAgain // and now its content
 	case remove:
-		if err := t.confirmOwners(ctx, d); err != nil {
-			return err
-		}
-		if d.unseen {
-			if selected, err := t.selectsLive(ctx, key); selected || err != nil {
+		if d.winner != nil { // which lives, and does not want it as far as is known
+			if err := t.confirmResources(ctx); err != nil {
 				return err
 			}
-		}
-		if d.confirm {
-			if err := t.rereadReports(ctx); err != nil {
-				return err
+			if d.unseen {
+				if err := t.confirmUnselected(ctx, key); err != nil {
+					return err
+				}
+			}
+			if d.confirm {
+				if err := t.rereadReports(ctx); err != nil {
+					return err
+				}
 			}
 			if again := t.decide(key, time.Now()); again.verb != remove {
 				return nil
@@ -674,26 +694,51 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 	return nil
 }
 
-// selectsLive asks for the namespace and reports whether a namespace rule selects it: an
-// agent may have seen its labels before our watch brings them. That event has the Secret
-// looked at again.
-func (t *term) selectsLive(ctx context.Context, key targetKey) (bool, error) {
+// confirmResources asks for all resources and returns errBehind where they are not those
+// that our watch has told of: it may be behind the one that told of the namespace.
+func (t *term) confirmResources(ctx context.Context) error {
+	list, err, _ := t.reads.Do("resources", func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.CallTimeout)
+		defer cancel()
+		return t.metadata.Resource(v1alpha1.Resource).List(ctx, metav1.ListOptions{})
+	})
+	if err != nil {
+		return fmt.Errorf("list the ImagePullSecrets: %w", err)
+	}
+	live := list.(*metav1.PartialObjectMetadataList).Items
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	current := len(live) == len(t.byUID)
+	for i := range live {
+		known := t.byUID[live[i].UID]
+		current = current && known != nil && known.Generation == live[i].Generation &&
+			known.DeletionTimestamp.IsZero() == live[i].DeletionTimestamp.IsZero()
+	}
+	if !current {
+		return errBehind
+	}
+	return nil
+}
+
+// confirmUnselected asks for the namespace and returns errBehind where a namespace rule
+// selects it: an agent may have seen its labels before our watch brings them.
+func (t *term) confirmUnselected(ctx context.Context, key targetKey) error {
 	list, err := t.metadata.Resource(impsync.NamespaceResource).List(ctx, metav1.ListOptions{
 		FieldSelector: metav1.ObjectNameField + "=" + key.namespace,
 	})
 	if err != nil {
-		return false, fmt.Errorf("read namespace %s: %w", key.namespace, err)
+		return fmt.Errorf("read namespace %s: %w", key.namespace, err)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for i := range list.Items {
 		for uid, c := range t.byTarget[key.name] {
 			if t.inForce(uid) && c.selection.SelectsByRule(key.namespace, list.Items[i].Labels, list.Items[i].Annotations) {
-				return true, nil
+				return errBehind
 			}
 		}
 	}
-	return false, nil
+	return nil
 }
 
 // know records what a write returned, so that nothing waits for the watch to tell.
@@ -791,8 +836,8 @@ func (t *term) confirmOwners(ctx context.Context, d decision) error {
 // conclude notes why something was not done.
 func (t *term) conclude(key targetKey, d decision, err error) {
 	class := impsync.ClassifyError(err)
-	if class == impsync.ClassGone || errors.Is(err, errSuperseded) || errors.Is(err, errLeaseStale) {
-		return // the event of what is gone settles it; without the Lease nothing is to be told
+	if class == impsync.ClassGone || errors.Is(err, errBehind) || errors.Is(err, errSuperseded) || errors.Is(err, errLeaseStale) {
+		return // an event settles it; without the Lease nothing is to be told
 	}
 	message := impsync.Explain(err)
 	if class == impsync.ClassRetry {

@@ -3,6 +3,8 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
@@ -317,16 +320,102 @@ func TestDecideAboutANamespaceThatNothingSelects(t *testing.T) {
 	}
 }
 
-func TestDecideAsksForAnOwnerThatASecretLacksBeforeItDeletesIt(t *testing.T) {
-	inBubble(t, func(t *testing.T, s *situation) {
-		c := s.claimOf(t, resource(t, "a", 0, byNone), 7)
-		s.there(c, orphaned)
-		d := s.decides()
-		require.Equal(t, remove, d.verb)
-		require.Equal(t, []impsync.ResourceRef{c.ref}, d.owners, "it may be being orphaned")
-		require.Error(t, s.reconcileTarget(t.Context(), s.key))
-		require.Equal(t, []string{"GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a"}, s.server().asked())
-	})
+// What is in force may be older than what the resources say by now, and then nothing is
+// deleted on its word.
+func TestASecretThatNothingSelectsIsDeletedOnlyOnTheWordOfTheResourcesAsTheyAre(t *testing.T) {
+	t.Parallel()
+	const deletion = "DELETE /api/v1/namespaces/n/secrets/pull"
+	changed := func(r *v1alpha1.ImagePullSecret) *v1alpha1.ImagePullSecret {
+		r = r.DeepCopy()
+		r.Generation++
+		return r
+	}
+	for name, test := range map[string]struct {
+		// known changes what the term knows beside the owner, and returns what is there.
+		known func(s *situation, owner *v1alpha1.ImagePullSecret) (there []*v1alpha1.ImagePullSecret)
+		asked []string
+	}{
+		"they say what is in force": {
+			func(_ *situation, owner *v1alpha1.ImagePullSecret) []*v1alpha1.ImagePullSecret {
+				return []*v1alpha1.ImagePullSecret{owner}
+			},
+			[]string{listOfResources, deletion},
+		},
+		"the owner says something else, which is not in force yet": {
+			func(s *situation, owner *v1alpha1.ImagePullSecret) []*v1alpha1.ImagePullSecret {
+				s.byUID[owner.UID] = changed(owner)
+				return []*v1alpha1.ImagePullSecret{s.byUID[owner.UID]}
+			},
+			nil,
+		},
+		"the owner says something else, as nobody has told yet": {
+			func(_ *situation, owner *v1alpha1.ImagePullSecret) []*v1alpha1.ImagePullSecret {
+				return []*v1alpha1.ImagePullSecret{changed(owner)}
+			},
+			[]string{listOfResources},
+		},
+		"the owner is going, as nobody has told yet": {
+			func(_ *situation, owner *v1alpha1.ImagePullSecret) []*v1alpha1.ImagePullSecret {
+				going := owner.DeepCopy()
+				now := metav1.Now()
+				going.DeletionTimestamp = &now
+				return []*v1alpha1.ImagePullSecret{going}
+			},
+			[]string{listOfResources},
+		},
+		"the owner is gone, as nobody has told yet": {
+			func(*situation, *v1alpha1.ImagePullSecret) []*v1alpha1.ImagePullSecret {
+				return []*v1alpha1.ImagePullSecret{}
+			},
+			[]string{listOfResources},
+		},
+		"another one of the name is new": {
+			func(s *situation, owner *v1alpha1.ImagePullSecret) []*v1alpha1.ImagePullSecret {
+				other := resource(s.t, "b", 1, byName)
+				s.byUID[other.UID] = other
+				return []*v1alpha1.ImagePullSecret{owner, other}
+			},
+			nil,
+		},
+		"another one is new, as nobody has told yet": {
+			func(s *situation, owner *v1alpha1.ImagePullSecret) []*v1alpha1.ImagePullSecret {
+				return []*v1alpha1.ImagePullSecret{owner, resource(s.t, "b", 1, byName)}
+			},
+			[]string{listOfResources},
+		},
+		"another one is new, of another target name": {
+			func(s *situation, owner *v1alpha1.ImagePullSecret) []*v1alpha1.ImagePullSecret {
+				other := resource(s.t, "b", 1, `{secret: {name: other}, namespaces: {names: [n]}}`)
+				s.byUID[other.UID] = other
+				return []*v1alpha1.ImagePullSecret{owner, other}
+			},
+			[]string{listOfResources, deletion},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				owner := resource(t, "a", 0, byNone)
+				s.there(s.claimOf(t, owner, 7))
+				s.server().resources = test.known(s, owner)
+				err := s.reconcileTarget(t.Context(), s.key)
+				require.Equal(t, test.asked, s.server().asked())
+				if slices.Contains(test.asked, deletion) {
+					require.ErrorIs(t, err, syscall.ECONNREFUSED)
+					return
+				}
+				require.Empty(t, s.undeletable)
+				if test.asked != nil {
+					require.ErrorIs(t, err, errBehind)
+					return
+				}
+				require.NoError(t, err)
+				require.Empty(t, s.queuedTargets())
+				<-time.After(impsync.RecheckSoonest)
+				synctest.Wait()
+				require.Equal(t, []string{"n/pull"}, s.queuedTargets(), "it is looked at again")
+			})
+		})
+	}
 }
 
 func TestDecideAboutSecretsOfAResourceThatAsksForNothingAnyMore(t *testing.T) {
@@ -334,7 +423,7 @@ func TestDecideAboutSecretsOfAResourceThatAsksForNothingAnyMore(t *testing.T) {
 		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
 		s.there(c)
 		require.Zero(t, s.decides())
-		require.NoError(t, s.withdraw(t.Context(), c))
+		require.NoError(t, s.withdraw(t.Context(), c, 1))
 		require.Equal(t, []string{"n/pull"}, s.queuedTargets())
 		require.Equal(t, remove, s.decides().verb)
 		require.Empty(t, s.outcomes())
@@ -370,14 +459,14 @@ func TestDecideAboutSecretsOfADeletedResource(t *testing.T) {
 				s.there(c, test.there...)
 				delete(s.claims, r.UID)
 				delete(s.byTarget["pull"], r.UID)
+				delete(s.byUID, r.UID)
 				switch test.state {
 				case "gone":
 					s.gone[r.UID] = false
 				case "orphaned":
 					s.gone[r.UID] = true
-				case "unknown":
-					delete(s.byUID, r.UID)
 				case "unrendered":
+					s.byUID[r.UID] = r
 					s.claims[r.UID] = newClaim(r, impsync.Rendered{})
 				}
 				d := s.decides()
@@ -903,9 +992,7 @@ func TestWithoutAServerNothingIsWrittenBlindly(t *testing.T) {
 		"adopt, with an owner reference put back: does the owner live?": {
 			byName, []func(*metav1.PartialObjectMetadata){imps, orphaned}, false, "GET " + owner, "failed at 0",
 		},
-		"delete": {byNone, nil, false, "DELETE " + secret, ""},
-		"delete what a label could select that is not here yet: does it?": {byOtherLabel, nil, false, "GET /api/v1/namespaces", ""},
-		"delete after the last Pod: is it the last?":                      {byPods, nil, false, "GET /api/v1/namespaces/imps-system/configmaps", ""},
+		"delete: do the resources say what is in force?": {byNone, nil, false, listOfResources, ""},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -928,6 +1015,31 @@ func TestWithoutAServerNothingIsWrittenBlindly(t *testing.T) {
 				require.Equal(t, test.target != byName, outcomes["uid-a of n/pull"] == "undeletable")
 				requireSilent(t, c.outcomes["n"].message+s.undeletable[s.key].message)
 				requireSilent(t, err.Error())
+			})
+		})
+	}
+}
+
+func TestWhatIsAskedBeforeADeletion(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct{ target, next string }{
+		"what a label could select that is not here yet: does it?": {byOtherLabel, "GET /api/v1/namespaces"},
+		"after the last Pod: is it the last?":                      {byPods, "GET /api/v1/namespaces/imps-system/configmaps"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				r := resource(t, "a", 0, test.target)
+				c := s.claimOf(t, r, 7)
+				s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
+				s.demand.replace("n1", nil, s.now.Add(-time.Hour), always)
+				if test.target != byPods {
+					clear(s.demand.states)
+				}
+				s.there(c)
+				s.server().resources = []*v1alpha1.ImagePullSecret{r}
+				require.Error(t, s.reconcileTarget(t.Context(), s.key))
+				require.Equal(t, []string{listOfResources, test.next}, s.server().asked())
+				require.Equal(t, "undeletable", s.outcomes()["uid-a of n/pull"])
 			})
 		})
 	}

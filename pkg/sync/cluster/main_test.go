@@ -65,22 +65,36 @@ type noServer struct {
 	requests []string
 	// refusal is what the server answers to everything, where it is there after all.
 	refusal *apierrors.StatusError
+	// resources are all that are there, where it answers to that.
+	resources []*v1alpha1.ImagePullSecret
 }
 
 func (n *noServer) RoundTrip(request *http.Request) (*http.Response, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.requests = append(n.requests, request.Method+" "+request.URL.Path)
+	answer := func(code int, content any) (*http.Response, error) {
+		body, err := json.Marshal(content)
+		return &http.Response{
+			StatusCode: code, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(bytes.NewReader(body)), Request: request,
+		}, err
+	}
+	if n.resources != nil && request.Method+" "+request.URL.Path == listOfResources {
+		list := metav1.PartialObjectMetadataList{TypeMeta: metav1.TypeMeta{APIVersion: "meta.k8s.io/v1", Kind: "PartialObjectMetadataList"}}
+		for _, r := range n.resources {
+			list.Items = append(list.Items, metav1.PartialObjectMetadata{ObjectMeta: r.ObjectMeta})
+		}
+		return answer(http.StatusOK, list)
+	}
 	if n.refusal == nil {
 		return nil, fmt.Errorf("dial: %w", syscall.ECONNREFUSED)
 	}
 	status := n.refusal.Status()
 	status.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}
-	body, err := json.Marshal(status)
-	return &http.Response{
-		StatusCode: int(status.Code), Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(bytes.NewReader(body)), Request: request,
-	}, err
+	return answer(int(status.Code), status)
 }
+
+const listOfResources = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets"
 
 // asked returns the requests since the last call.
 func (n *noServer) asked() []string {
@@ -172,7 +186,7 @@ func (t *term) claimOf(tt *testing.T, r *v1alpha1.ImagePullSecret, counter uint6
 	tt.Helper()
 	c := newClaim(r, renderedAt(tt, r, counter))
 	c.unread = false
-	c.generation = r.Generation
+	c.generation, c.settled = r.Generation, r.Generation
 	t.byUID[r.UID] = r
 	t.claims[r.UID] = c
 	name := r.Spec.Target.Secret.Name

@@ -36,6 +36,9 @@ type claim struct {
 	// minCounter is a counter seen on a target; ours must be higher.
 	minCounter uint64
 
+	// settled is the generation of the resource that the selection in force is of.
+	settled int64
+
 	// What the status tells beside the outcomes.
 	generation int64
 	problem    error // of the resource itself
@@ -197,6 +200,9 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	}
 	// All at once, and only now: no status ever tells of half a change.
 	t.change(func() {
+		if failure == nil {
+			c.settled = r.Generation // also where it has a problem: the last good one stays in force
+		}
 		if failure == nil && c.state == nil {
 			c.state = known
 		}
@@ -214,7 +220,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 // the resource itself; what was rendered before stays in force. A failure passes.
 func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret, c *claim, known *state, resolved resolution, selection *impsync.Selection) (problem, failure error) {
 	if r.Spec.Target.Secret.Name == "" {
-		return nil, t.withdraw(ctx, c)
+		return nil, t.withdraw(ctx, c, r.Generation)
 	}
 	t.mu.Lock()
 	current, minCounter := c.rendered, c.minCounter
@@ -259,7 +265,7 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 			return err, nil
 		}
 	}
-	return t.publish(ctx, c, known, state{counter: counter, lastGood: resolved.lastGood, incomplete: hold}, next, selection)
+	return t.publish(ctx, c, r.Generation, known, state{counter: counter, lastGood: resolved.lastGood, incomplete: hold}, next, selection)
 }
 
 // change changes what the lock guards.
@@ -312,7 +318,7 @@ func (t *term) highestCounter(uid types.UID) uint64 {
 
 // publish writes state and rendered Secret where they differ, and puts the claim in force.
 // The state goes first: its counter must never be behind that of a target.
-func (t *term) publish(ctx context.Context, c *claim, known *state, remembered state, next impsync.Rendered, selection *impsync.Selection) (problem, failure error) {
+func (t *term) publish(ctx context.Context, c *claim, generation int64, known *state, remembered state, next impsync.Rendered, selection *impsync.Selection) (problem, failure error) {
 	data, err := impsync.EncodeRendered(next)
 	if err != nil {
 		return err, nil
@@ -346,7 +352,7 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	c.state = &remembered
+	c.state, c.settled = &remembered, generation
 	before := c.rendered
 	if t.claims[c.ref.UID] != c {
 		return nil, nil // ended meanwhile
@@ -372,7 +378,7 @@ func (t *term) publish(ctx context.Context, c *claim, known *state, remembered s
 }
 
 // withdraw takes back what a resource had rendered that asks for nothing any more.
-func (t *term) withdraw(ctx context.Context, c *claim) error {
+func (t *term) withdraw(ctx context.Context, c *claim, generation int64) error {
 	if was, ok := t.rendered.Get(t.renderedKey(c.ref.UID)); ok {
 		// Only this one: a leader after us may have rendered it anew.
 		exactly := metav1.Preconditions{UID: &was.uid, ResourceVersion: &was.resourceVersion}
@@ -383,7 +389,7 @@ func (t *term) withdraw(ctx context.Context, c *claim) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.enqueueTargetsOf(c)
-	c.withdrawn = true
+	c.withdrawn, c.settled = true, generation
 	c.setRendered(impsync.Rendered{}, nil)
 	clear(c.outcomes)
 	t.putClaim(c)

@@ -148,7 +148,7 @@ func TestStatusOf(t *testing.T) {
 		"it asks for nothing any more": {
 			target: `{}`, edit: func(t *testing.T, s *situation, c *claim) {
 				t.Helper()
-				require.NoError(t, s.withdraw(t.Context(), c))
+				require.NoError(t, s.withdraw(t.Context(), c, 0))
 			},
 			status: "Ready", conditions: []string{"Ready=True Ready", "SourcesReady=True Ready", "SecretsReady=True Ready"},
 			says: "0 of 0 selected namespaces have the Secret",
