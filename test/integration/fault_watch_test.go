@@ -208,6 +208,33 @@ func TestACoordinatorWhoseWatchOfResourcesStallsDeletesNothingThatIsSelected(t *
 	history.is(s, []string{left}, watch.Added, watch.Deleted)
 }
 
+// A coordinator that hears of the garbage collector's deletions before it hears of the
+// resource's brings nothing back.
+func TestACoordinatorWhoseWatchOfResourcesStallsBringsNothingBackThatIsGone(t *testing.T) {
+	s := newSystemBehindProxy(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	history := s.observe()
+	goes, stays := s.namespace(nil, nil), s.namespace(nil, nil)
+	s.resource(s.prefix+"-goes", spec(`  namespaces: {names: [`+goes+`]}`))
+	s.resource(s.prefix+"-stays", spec(`  namespaces: {names: [`+stays+`]}`))
+	s.ready(s.prefix+"-goes", 1)
+	s.ready(s.prefix+"-stays", 1)
+
+	stall := s.stall(1, func(r cluster.Request) bool { return r.Resource == "imagepullsecrets" })
+	mark := s.control.Audit().Mark()
+	s.deleteResource(s.prefix+"-goes", metav1.DeletePropagationBackground)
+	s.lacks(goes)
+	require.NoError(t, s.core.CoreV1().Secrets(stays).Delete(t.Context(), secretName, metav1.DeleteOptions{}))
+	s.has(stays, "registry.one")
+	s.calm()
+	require.Zero(t, s.tries(mark, "coordinator", goes))
+	stall.Remove()
+	s.ready(s.prefix+"-stays", 1)
+	history.is(s, []string{goes}, watch.Added, watch.Deleted)
+	history.is(s, []string{stays}, watch.Added, watch.Deleted, watch.Added)
+}
+
 // While nobody at imps sees anything, etcd is compacted and the API server restarted, so
 // that every watch that goes on from where it was is answered with 410. What changed
 // meanwhile is found by comparing.

@@ -628,6 +628,13 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 	switch d.verb {
 	case leave:
 	case create:
+		if d.repairs != nil {
+			// It was there: is it the garbage collector that took it, and our watch of the
+			// resource behind?
+			if err := t.confirmOwners(ctx, d); err != nil {
+				return err
+			}
+		}
 		m, err := t.secrets.Create(ctx, key.namespace, d.target)
 		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
 		if err != nil {
@@ -814,23 +821,28 @@ func (t *term) confirmOwners(ctx context.Context, d decision) error {
 		if d.existing.HasOwner(owner.UID) {
 			continue
 		}
-		_, err, _ := t.reads.Do("owner/"+string(owner.UID), func() (any, error) {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.CallTimeout)
-			defer cancel()
-			r := &v1alpha1.ImagePullSecret{}
-			if err := t.images.Get().Resource(v1alpha1.Resource.Resource).Name(owner.Name).Do(ctx).Into(r); err != nil {
-				return nil, fmt.Errorf("read ImagePullSecret %s: %w", owner.Name, err)
-			}
-			if r.UID != owner.UID || r.DeletionTimestamp != nil {
-				return nil, apierrors.NewNotFound(v1alpha1.Resource.GroupResource(), owner.Name)
-			}
-			return nil, nil
-		})
-		if err != nil {
+		if err := t.confirmAlive(ctx, owner); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// confirmAlive asks for a resource, and returns a NotFound where it is gone or going.
+func (t *term) confirmAlive(ctx context.Context, ref impsync.ResourceRef) error {
+	_, err, _ := t.reads.Do("owner/"+string(ref.UID), func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.CallTimeout)
+		defer cancel()
+		r := &v1alpha1.ImagePullSecret{}
+		if err := t.images.Get().Resource(v1alpha1.Resource.Resource).Name(ref.Name).Do(ctx).Into(r); err != nil {
+			return nil, fmt.Errorf("read ImagePullSecret %s: %w", ref.Name, err)
+		}
+		if r.UID != ref.UID || r.DeletionTimestamp != nil {
+			return nil, apierrors.NewNotFound(v1alpha1.Resource.GroupResource(), ref.Name)
+		}
+		return nil, nil
+	})
+	return err
 }
 
 // conclude notes why something was not done.

@@ -195,8 +195,9 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	if problem == nil {
 		problem, failure = t.renderAndPublish(ctx, r, c, known, resolved, selection)
 	}
-	if errors.Is(failure, errSuperseded) || errors.Is(failure, errLeaseStale) || errors.Is(failure, errStateGone) || failure != nil && impsync.ClassifyError(failure) == impsync.ClassConflict {
-		return failure // nothing to tell of: the next try settles it
+	class := impsync.ClassifyError(failure)
+	if errors.Is(failure, errSuperseded) || errors.Is(failure, errLeaseStale) || errors.Is(failure, errStateGone) || class == impsync.ClassConflict || class == impsync.ClassGone {
+		return failure // nothing to tell of: the next try, or the event of its end, settles it
 	}
 	// All at once, and only now: no status ever tells of half a change.
 	t.change(func() {
@@ -324,7 +325,20 @@ func (t *term) publish(ctx context.Context, c *claim, generation int64, known *s
 		return err, nil
 	}
 	remembered.uid, remembered.resourceVersion = known.uid, known.resourceVersion
-	if !sameState(*known, remembered) {
+	t.mu.Lock()
+	before := c.rendered
+	t.mu.Unlock()
+	published, there := t.published(c.ref.UID)
+	changed := !sameState(*known, remembered)
+	if !before.Target.IsZero() && (changed && known.uid == "" || !there) {
+		// It was there. The garbage collector deletes state and rendered Secret, too.
+		if err := t.confirmAlive(ctx, c.ref); impsync.ClassifyError(err) == impsync.ClassGone {
+			return nil, err
+		} else if err != nil {
+			return nil, passing("is the resource there", err)
+		}
+	}
+	if changed {
 		raw, err := encodeState(remembered)
 		if err != nil {
 			return err, nil
@@ -340,7 +354,6 @@ func (t *term) publish(ctx context.Context, c *claim, generation int64, known *s
 		}
 		t.change(func() { c.state = &remembered }) // also where the rendered Secret cannot be written
 	}
-	published, there := t.published(c.ref.UID)
 	if !there || !sameRendered(published, next) {
 		was, _ := t.rendered.Get(t.renderedKey(c.ref.UID)) // also one that cannot be read
 		written, err := t.writeRendered(ctx, c.ref, data, was)
@@ -353,7 +366,6 @@ func (t *term) publish(ctx context.Context, c *claim, generation int64, known *s
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c.state, c.settled = &remembered, generation
-	before := c.rendered
 	if t.claims[c.ref.UID] != c {
 		return nil, nil // ended meanwhile
 	}

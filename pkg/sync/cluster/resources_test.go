@@ -337,6 +337,27 @@ func TestAResourceThatAsksForNothingAnyMoreIsWithdrawn(t *testing.T) {
 	})
 }
 
+// State and rendered Secret go with their resource, and its end may be told of last.
+func TestWhatWasThereIsNotWrittenAnewWithoutAWordOfItsResource(t *testing.T) {
+	const owner = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a"
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := newRendering(t, s, "r.io=1")
+		_, failure := r.render()
+		require.Error(t, failure)
+		require.Equal(t, []string{"POST /api/v1/namespaces/imps-system/secrets"}, s.server().asked(), "the first time nobody is asked")
+
+		r.claim.setRendered(r.remembers(7), nil)
+		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}}, nil)
+		_, failure = r.render()
+		require.Equal(t, impsync.ClassRetry, impsync.ClassifyError(failure))
+		require.Equal(t, []string{owner}, s.server().asked())
+		s.server().refusal = apierrors.NewNotFound(v1alpha1.Resource.GroupResource(), "a")
+		_, failure = r.render()
+		require.Equal(t, impsync.ClassGone, impsync.ClassifyError(failure))
+		require.Equal(t, []string{owner}, s.server().asked())
+	})
+}
+
 // The state Secret is lost, and a source fails: what it gave is only in the rendered Secret.
 func TestWhatCannotBeMergedAnewStaysAsItWasRendered(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
@@ -346,15 +367,16 @@ func TestWhatCannotBeMergedAnewStaysAsItWasRendered(t *testing.T) {
 		r.claim.setRendered(before, nil)
 		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}, {key: "ns.b", err: errors.New("x")}}, nil)
 		// Where the state is complete, that source has never given anything: the rest is merged.
+		r.known = &state{uid: "uid-state", resourceVersion: "1"}
 		_, failure := r.render()
 		require.ErrorContains(t, failure, "imps-state-uid-a")
 
 		// Where it is not, the credentials stay, and the selectors follow all the same.
 		s.server().asked()
-		r.known = &state{incomplete: true}
+		r.known = &state{incomplete: true, uid: "uid-state", resourceVersion: "1"}
 		_, failure = r.render()
 		require.ErrorContains(t, failure, "imps-state-uid-a", "the state is written anew")
-		require.Equal(t, []string{"POST /api/v1/namespaces/imps-system/secrets"}, s.server().asked())
+		require.Equal(t, []string{"PATCH /api/v1/namespaces/imps-system/secrets/imps-state-uid-a"}, s.server().asked())
 		require.Equal(t, uint64(7), r.claim.rendered.Target.Revision().Counter)
 	})
 }
