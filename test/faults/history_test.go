@@ -10,7 +10,10 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+	watchtools "k8s.io/client-go/tools/watch"
 
 	impsync "github.com/imps-node/imps/pkg/sync"
 	"github.com/imps-node/imps/test/imps"
@@ -33,7 +36,18 @@ func watchHistory(t *testing.T, core kubernetes.Interface) *history {
 		"":                     {FieldSelector: "metadata.name=" + imps.SecretName},
 		imps.RenderedNamespace: {LabelSelector: impsync.LabelComponent},
 	} {
-		w, err := core.CoreV1().Secrets(namespace).Watch(ctx, options)
+		secrets := core.CoreV1().Secrets(namespace)
+		list, err := secrets.List(ctx, options)
+		require.NoError(t, err)
+		for i := range list.Items {
+			h.observe(&list.Items[i])
+		}
+		// It goes on where the API server ends a watch, as it does to a client that it finds slow.
+		w, err := watchtools.NewRetryWatcherWithContext(ctx, list.ResourceVersion,
+			&cache.ListWatch{WatchFuncWithContext: func(ctx context.Context, from metav1.ListOptions) (watch.Interface, error) {
+				from.FieldSelector, from.LabelSelector = options.FieldSelector, options.LabelSelector
+				return secrets.Watch(ctx, from)
+			}})
 		require.NoError(t, err)
 		watches.Go(func() {
 			for event := range w.ResultChan() {

@@ -85,7 +85,11 @@ func TestADeadTokenIsSurvived(t *testing.T) {
 			s.patience = 2*time.Minute + within
 			s.settles(all)
 			s.demands("node-a", byPod)
-			require.Equal(t, rotation(all), s.writes(mark))
+			writes, wanted := s.writes(mark), rotation(all)
+			require.LessOrEqual(t, writes[target(byPod)], 2, "the agent may come back first, with what it knew")
+			delete(writes, target(byPod))
+			delete(wanted, target(byPod))
+			require.Equal(t, wanted, writes)
 			for _, p := range []*process{leader, agent} {
 				require.Equal(t, 1, strings.Count(p.Log(), "msg=starting"), "it was not started again")
 			}

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -20,6 +21,8 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	watchtools "k8s.io/client-go/tools/watch"
 
 	impsync "github.com/imps-node/imps/pkg/sync"
 	clusterduty "github.com/imps-node/imps/pkg/sync/cluster"
@@ -78,8 +81,12 @@ func (s *system) observe() *history {
 	only := metav1.ListOptions{FieldSelector: "metadata.name=" + secretName}
 	list, err := secrets.List(s.t.Context(), only)
 	require.NoError(s.t, err)
-	only.ResourceVersion = list.ResourceVersion
-	watcher, err := secrets.Watch(s.t.Context(), only)
+	// It goes on where the API server ends a watch, as it does to a client that it finds slow.
+	watcher, err := watchtools.NewRetryWatcherWithContext(ctxOf(s.t), list.ResourceVersion,
+		&cache.ListWatch{WatchFuncWithContext: func(ctx context.Context, from metav1.ListOptions) (watch.Interface, error) {
+			from.FieldSelector = only.FieldSelector
+			return secrets.Watch(ctx, from)
+		}})
 	require.NoError(s.t, err)
 	h := &history{done: make(chan struct{}), events: map[string][]watch.EventType{}, last: map[string]uint64{}}
 	go func() {
