@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
 
+	clusterduty "github.com/imps-node/imps/pkg/sync/cluster"
 	"github.com/imps-node/imps/test/cluster/cluster"
 )
 
@@ -203,6 +204,34 @@ func TestACoordinatorWhoseWatchOfResourcesStallsDeletesNothingThatIsSelected(t *
 	require.NotNil(t, s.secret(left, secretName))
 	stall.Remove()
 	s.lacks(left)
+	s.ready(s.prefix, 1)
+	history.is(s, []string{kept}, watch.Added)
+	history.is(s, []string{left}, watch.Added, watch.Deleted)
+}
+
+// A coordinator that does not hear that Pods select a namespace, which no rule does any
+// more: it reads the reports before it deletes anything.
+func TestACoordinatorWhoseWatchOfReportsStallsDeletesNothingThatPodsSelect(t *testing.T) {
+	s := newSystemBehindProxy(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator(func(c *clusterduty.Config) { c.DemandLinger = clusterduty.DefaultDemandLinger })
+	s.agent("node-a")
+	history := s.observe()
+	kept, left := s.namespace(map[string]string{s.prefix: "a"}, nil), s.namespace(map[string]string{s.prefix: "a"}, nil)
+	s.resource(s.prefix, spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`+"\n"+podRules(s.prefix)))
+	s.ready(s.prefix, 2)
+
+	stall := s.stall(1, func(r cluster.Request) bool {
+		return r.UserAgent == "imps-test/coordinator" && r.Resource == "configmaps"
+	})
+	s.pod(kept, "node-a", map[string]string{s.prefix: "a"}, nil)
+	s.demanded(kept)
+	for _, namespace := range []string{kept, left} {
+		s.label(namespace, map[string]any{s.prefix: nil})
+	}
+	s.lacks(left)
+	s.calm()
+	stall.Remove()
 	s.ready(s.prefix, 1)
 	history.is(s, []string{kept}, watch.Added)
 	history.is(s, []string{left}, watch.Added, watch.Deleted)

@@ -105,9 +105,9 @@ type decision struct {
 	repairs *repairs
 	// confirm: nothing demands it as far as is known; ask the reports before deleting.
 	confirm bool
-	// unseen: this leader never saw the namespace selected; ask for its labels before
-	// deleting.
-	unseen bool
+	// byMetadata: the namespace's labels or annotations could have it selected; ask for them
+	// before deleting.
+	byMetadata bool
 }
 
 var (
@@ -284,7 +284,7 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 
 	claimants := t.claimants(key, meta, existing, exists, now)
 	if len(claimants) == 0 {
-		return t.decidePrune(existing, exists, key, now)
+		return t.decidePrune(existing, exists, key, meta, now)
 	}
 	if owner := t.claims[existing.OwnerUID]; exists && owner != nil && owner.undecided() {
 		return decision{} // it stays its own; looked at again once that is known
@@ -484,12 +484,12 @@ func (t *term) lingers(key demandKey, name string, now time.Time) bool {
 }
 
 // decidePrune decides about a Secret that no claim selects.
-func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey, now time.Time) decision {
+func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey, meta namespaceMeta, now time.Time) decision {
 	if !exists || existing.Deleting || existing.Ownership == impsync.Foreign || existing.Ownership == impsync.Restored {
 		return decision{}
 	}
 	owner := existing.OwnerUID
-	if t.awaited(key.name, owner) {
+	if t.awaited(key, meta, owner) {
 		t.targetQueue.AddAfter(key, impsync.RecheckSoonest)
 		return decision{}
 	}
@@ -501,29 +501,28 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 			continue
 		}
 		c := t.claims[uid]
-		if c == nil || c.rendered.Target.IsZero() && !c.withdrawn {
+		if c == nil || !c.wordCounts() {
 			return decision{}
 		}
-		holder = c
-	}
-	d := decision{verb: remove, existing: existing}
-	if c := t.claims[owner]; c != nil && t.inForce(owner) {
-		if c.rendered.Target.IsZero() && !c.withdrawn {
-			return decision{} // not rendered yet in this term: nothing is known of what it selects
+		if holder == nil || c.hasPodRules() { // of several, one that may want it without a word
+			holder = c
 		}
-		d.winner, d.unseen = c, t.unseen(c, key)
-		d.confirm = t.demand.states[demandKey{key.namespace, owner}] != nil
+	}
+	d := decision{verb: remove, existing: existing, byMetadata: t.byMetadata(key)}
+	if c := t.claims[owner]; c != nil && t.inForce(owner) {
+		if !c.wordCounts() {
+			return decision{}
+		}
+		d.winner = c
+		d.confirm = c.hasPodRules() || t.demand.states[demandKey{key.namespace, owner}] != nil
 		return d
 	}
 	if t.leftBehind(existing) && holder != nil {
 		// Those do not want it either by now. One with Pod rules may do so without a word
 		// yet, as in the case of its own Secrets.
-		d.winner, d.unseen = holder, t.unseen(holder, key)
-		if holder.selection != nil && holder.selection.HasPodRules() {
-			if t.lingers(demandKey{key.namespace, holder.ref.UID}, key.name, now) {
-				return decision{}
-			}
-			d.confirm = true
+		d.winner, d.confirm = holder, holder.hasPodRules()
+		if d.confirm && t.lingers(demandKey{key.namespace, holder.ref.UID}, key.name, now) {
+			return decision{}
 		}
 		return d
 	}
@@ -542,24 +541,40 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 	return decision{}
 }
 
-// awaited reports whether the owner, or another resource with this target name, says
-// something by now that is not in force yet: it may want the Secret. The caller holds the
-// lock.
-func (t *term) awaited(name string, owner types.UID) bool {
+// wordCounts reports whether it is known what the claim selects: it was rendered in this
+// term or withdrawn, and there is no problem that keeps its last good selection in force.
+func (c *claim) wordCounts() bool {
+	return c.problem == nil && (!c.rendered.Target.IsZero() || c.withdrawn)
+}
+
+func (c *claim) hasPodRules() bool { return c.selection != nil && c.selection.HasPodRules() }
+
+// awaited reports whether something that is not in force yet may want the Secret: whatever
+// the owner says by now, or what another resource with this target name does. The caller
+// holds the lock.
+func (t *term) awaited(key targetKey, meta namespaceMeta, owner types.UID) bool {
 	for uid, r := range t.byUID {
-		if (uid == owner || r.Spec.Target.Secret.Name == name) && t.inForce(uid) {
-			if c := t.claims[uid]; c == nil || c.settled != r.Generation {
-				return true
-			}
+		if uid != owner && r.Spec.Target.Secret.Name != key.name || !t.inForce(uid) {
+			continue
+		}
+		if c := t.claims[uid]; c != nil && c.settled == r.Generation {
+			continue
+		}
+		if uid == owner {
+			return true
+		}
+		selection, _, err := impsync.CompileSelection(r.Spec.Target.Namespaces, r.Spec.Target.NamespacesWithPods)
+		if err == nil && (selection.HasPodRules() || selection.SelectsByRule(key.namespace, meta.labels, meta.annotations)) {
+			return true
 		}
 	}
 	return false
 }
 
-// unseen reports whether this leader never saw the claim select the namespace, while labels
-// or annotations of it could have any claim of the Secret do so. The caller holds the lock.
-func (t *term) unseen(c *claim, key targetKey) bool {
-	if _, seen := c.outcomes[key.namespace]; seen {
+// byMetadata reports whether labels or annotations of the namespace could have a claim of
+// the Secret select it. The caller holds the lock.
+func (t *term) byMetadata(key targetKey) bool {
+	if t.config.Excluded.Matches(key.namespace) {
 		return false
 	}
 	for _, claimant := range t.byTarget[key.name] {
@@ -575,8 +590,9 @@ func (t *term) unseen(c *claim, key targetKey) bool {
 // owner reference off, so that it is known to be dead. The caller holds the lock.
 func (t *term) leftBehind(existing impsync.Existing) bool {
 	owner := existing.OwnerUID
+	orphaned, gone := t.gone[owner]
 	return existing.Ownership == impsync.Ours && existing.Revision.UID == owner && t.byUID[owner] == nil &&
-		!existing.HasOwner(owner) && !t.gone[owner]
+		!orphaned && (gone || !existing.HasOwner(owner))
 }
 
 // expect returns the expectation for the claim's target with these owners.
@@ -677,7 +693,7 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 			if err := t.confirmResources(ctx); err != nil {
 				return err
 			}
-			if d.unseen {
+			if d.byMetadata {
 				if err := t.confirmUnselected(ctx, key); err != nil {
 					return err
 				}
@@ -704,15 +720,10 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 // confirmResources asks for all resources and returns errBehind where they are not those
 // that our watch has told of: it may be behind the one that told of the namespace.
 func (t *term) confirmResources(ctx context.Context) error {
-	list, err, _ := t.reads.Do("resources", func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.CallTimeout)
-		defer cancel()
-		return t.metadata.Resource(v1alpha1.Resource).List(ctx, metav1.ListOptions{})
-	})
+	live, err := t.liveResources(ctx)
 	if err != nil {
-		return fmt.Errorf("list the ImagePullSecrets: %w", err)
+		return err
 	}
-	live := list.(*metav1.PartialObjectMetadataList).Items
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	current := len(live) == len(t.byUID)
@@ -728,7 +739,8 @@ func (t *term) confirmResources(ctx context.Context) error {
 }
 
 // confirmUnselected asks for the namespace and returns errBehind where a namespace rule
-// selects it: an agent may have seen its labels before our watch brings them.
+// selects it: its labels may have changed, and an agent have seen that, before our watch
+// brings them.
 func (t *term) confirmUnselected(ctx context.Context, key targetKey) error {
 	list, err := t.metadata.Resource(impsync.NamespaceResource).List(ctx, metav1.ListOptions{
 		FieldSelector: metav1.ObjectNameField + "=" + key.namespace,
@@ -849,7 +861,7 @@ func (t *term) confirmAlive(ctx context.Context, ref impsync.ResourceRef) error 
 func (t *term) conclude(key targetKey, d decision, err error) {
 	class := impsync.ClassifyError(err)
 	if class == impsync.ClassGone || errors.Is(err, errBehind) || errors.Is(err, errSuperseded) || errors.Is(err, errLeaseStale) {
-		return // an event settles it; without the Lease nothing is to be told
+		return // an event or another try settles it; without the Lease nothing is to be told
 	}
 	message := impsync.Explain(err)
 	if class == impsync.ClassRetry {

@@ -517,6 +517,16 @@ func TestDecideAboutASecretOfADeadResourceThatAnotherHasClaimed(t *testing.T) {
 			old.ResourceVersion = "999999"
 			s.targets["pull"].Put(types.NamespacedName{Namespace: "n", Name: "pull"}, old)
 		}, leave},
+		"its own reference is still there, and its end was seen": {func(s *situation, _ *claim) {
+			s.gone["uid-a"] = false
+			old, _ := s.targets["pull"].Get(types.NamespacedName{Namespace: "n", Name: "pull"})
+			old.OwnerReferences = []types.UID{"uid-a", "uid-b"}
+			old.ResourceVersion = "999999"
+			s.targets["pull"].Put(types.NamespacedName{Namespace: "n", Name: "pull"}, old)
+		}, remove},
+		"not while the other has a problem: its last word stays": {func(_ *situation, other *claim) {
+			other.problem = errors.New("x")
+		}, leave},
 		"its own is going still": {func(s *situation, _ *claim) {
 			r, now := resource(s.t, "a", 0, byName), metav1.Now()
 			r.DeletionTimestamp = &now
@@ -539,6 +549,102 @@ func TestDecideAboutASecretOfADeadResourceThatAnotherHasClaimed(t *testing.T) {
 					require.Same(t, other, d.winner)
 					require.Empty(t, d.owners, "it has the reference of the one that is asked about")
 				}
+			})
+		})
+	}
+}
+
+// Of several that hold it, one that has Pod rules counts, whatever the order.
+func TestOfSeveralThatHoldASecretTheOneWithPodRulesIsAsked(t *testing.T) {
+	t.Parallel()
+	for _, uids := range [][2]string{{"b", "c"}, {"c", "b"}} {
+		t.Run(uids[0]+" has Pod rules", func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				winner := s.claimOf(t, resource(t, "a", 0, byName), 7)
+				s.there(winner, func(m *metav1.PartialObjectMetadata) {
+					m.OwnerReferences[0].UID = "uid-b"
+					m.OwnerReferences = append(m.OwnerReferences, metav1.OwnerReference{UID: "uid-c"})
+				})
+				delete(s.byUID, "uid-a")
+				delete(s.claims, "uid-a")
+				delete(s.byTarget["pull"], "uid-a")
+				asked := s.claimOf(t, resource(t, uids[0], 1, byPods), 3)
+				s.claimOf(t, resource(t, uids[1], 2, byNone), 3)
+				require.Equal(t, leave, s.decides().verb, "it lingers")
+				s.now = s.now.Add(s.config.DemandLinger)
+				d := s.decides()
+				require.Equal(t, remove, d.verb)
+				require.Same(t, asked, d.winner)
+				require.True(t, d.confirm)
+			})
+		})
+	}
+}
+
+// A spec that cannot be used leaves everything as it is, also where the last good one does
+// not select a namespace any more.
+func TestAResourceWithAProblemLosesNothing(t *testing.T) {
+	const lastGood = `{secret: {name: pull, labels: {l: "1"}}, namespaces: {labels: [{matchLabels: {team: a}}]}}`
+	t.Parallel()
+	for name, newest := range map[string]string{
+		"a bad operator":               `{secret: {name: pull}, namespaces: {labels: [{matchLabels: {team: b}}, {matchExpressions: [{key: x, operator: Foo}]}]}}`,
+		"a name that is not allowed":   `{secret: {name: nope}, namespaces: {labels: [{matchLabels: {team: b}}]}}`,
+		"a bad operator beside a name": `{secret: {name: pull}, namespaces: {names: [n], labels: [{matchExpressions: [{key: x, operator: Foo}]}]}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				s.namespace("n", map[string]string{"team": "b"})
+				was := newRendering(t, s)
+				was.resource = resource(t, "a", 0, lastGood)
+				was.resolved = resolve(nil, nil)
+				c := s.claimOf(t, was.resource, 7)
+				selection, _, err := impsync.CompileSelection(was.resource.Spec.Target.Namespaces, was.resource.Spec.Target.NamespacesWithPods)
+				require.NoError(t, err)
+				c.setRendered(was.remembers(7), selection)
+				c.state = was.known
+				c.outcomes["n"] = outcome{kind: delivered, counter: 7}
+				s.there(c)
+				require.Equal(t, remove, s.decides().verb, "else it would go")
+				r := resource(t, "a", 0, newest)
+				r.Generation = 2
+				s.byUID[r.UID] = r
+				require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+				require.Error(t, c.problem)
+				require.Equal(t, leave, s.decides().verb)
+				s.queuedTargets()
+
+				r = resource(t, "a", 0, lastGood)
+				r.Generation = 3
+				s.byUID[r.UID] = r
+				require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+				require.NoError(t, c.problem)
+				require.Equal(t, []string{"n/pull"}, s.queuedTargets())
+				require.Equal(t, remove, s.decides().verb)
+			})
+		})
+	}
+}
+
+// One resource whose newest spec cannot be rendered holds back what it may want, and no more.
+func TestAResourceThatIsNotSettledHoldsBackOnlyWhatItMayWant(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		target string
+		verb   verb
+	}{
+		"it selects the namespace":             {byName, leave},
+		"it has Pod rules":                     {byPods, leave},
+		"it selects another one":               {`{secret: {name: pull}, namespaces: {names: [m]}}`, remove},
+		"it selects by a label that is not on": {byOtherLabel, remove},
+		"it has another target name":           {`{secret: {name: other}, namespaces: {names: [n]}}`, remove},
+		"nobody knows what it selects":         {`{secret: {name: pull}, namespaces: {labels: [{matchExpressions: [{key: x, operator: Foo}]}]}}`, remove},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				s.there(s.claimOf(t, resource(t, "a", 0, byNone), 7))
+				other := resource(t, "b", 1, test.target)
+				s.byUID[other.UID] = other
+				require.Equal(t, test.verb, s.decides().verb)
 			})
 		})
 	}
@@ -828,7 +934,7 @@ func TestWhatANamespaceRuleDeselectsGoesAtOnce(t *testing.T) {
 		s.namespace("n", nil)
 		d := s.decides()
 		require.Equal(t, remove, d.verb)
-		require.False(t, d.confirm)
+		require.True(t, d.confirm, "a Pod may have come that the watch has not told of")
 
 		// Not where Pods select it as well.
 		s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
@@ -1025,6 +1131,10 @@ func TestWhatIsAskedBeforeADeletion(t *testing.T) {
 	for name, test := range map[string]struct{ target, next string }{
 		"what a label could select that is not here yet: does it?": {byOtherLabel, "GET /api/v1/namespaces"},
 		"after the last Pod: is it the last?":                      {byPods, "GET /api/v1/namespaces/imps-system/configmaps"},
+		"where only Pods could want it: does one?": {
+			`{secret: {name: pull, labels: {l: "1"}}, namespaces: {names: [m]}, namespacesWithPods: {labels: [{}]}}`,
+			"GET /api/v1/namespaces/imps-system/configmaps",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
@@ -1034,6 +1144,7 @@ func TestWhatIsAskedBeforeADeletion(t *testing.T) {
 				s.demand.replace("n1", nil, s.now.Add(-time.Hour), always)
 				if test.target != byPods {
 					clear(s.demand.states)
+					c.outcomes["n"] = outcome{kind: delivered, counter: 7} // by a rule, until now
 				}
 				s.there(c)
 				s.server().resources = []*v1alpha1.ImagePullSecret{r}
@@ -1043,6 +1154,20 @@ func TestWhatIsAskedBeforeADeletion(t *testing.T) {
 			})
 		})
 	}
+}
+
+// No rule selects an excluded namespace, whatever its labels.
+func TestTheLabelsOfAnExcludedNamespaceAreNotAskedFor(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.key = targetKey{"kube-n", "pull"}
+		s.namespace("kube-n", map[string]string{"other": "x"})
+		owner := s.claimOf(t, resource(t, "a", 0, byNone), 7)
+		s.mirrorOf(t, "pull", applied(t, "kube-n", owner.rendered.Target))
+		s.claimOf(t, resource(t, "b", 1, byOtherLabel), 3)
+		d := s.decides()
+		require.Equal(t, remove, d.verb)
+		require.False(t, d.byMetadata)
+	})
 }
 
 func TestWhatIsAsItShouldBeIsNotAskedFor(t *testing.T) {

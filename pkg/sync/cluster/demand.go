@@ -171,14 +171,14 @@ func nodeOfReport(name string) string { return strings.TrimPrefix(name, impsync.
 // any more, this makes sure of it.
 func (t *term) rereadReports(ctx context.Context) error {
 	// The read is shared, so that it must not end with the one who asked first.
-	_, err, _ := t.reads.Do("reports", func() (any, error) {
+	_, err := t.readReports.do(func() (none struct{}, err error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.CallTimeout)
 		defer cancel()
 		list, err := t.core.ConfigMaps(t.config.Namespace).List(ctx, metav1.ListOptions{
 			LabelSelector: impsync.LabelComponent + "=" + impsync.ComponentReport,
 		})
 		if err != nil {
-			return nil, passing("read the node reports", err)
+			return none, passing("read the node reports", err)
 		}
 		t.mu.Lock()
 		defer t.mu.Unlock()
@@ -189,12 +189,15 @@ func (t *term) rereadReports(ctx context.Context) error {
 				continue
 			}
 			for _, key := range r.demand {
-				if state := t.demand.states[key]; state != nil && state.nodes == 0 {
+				switch state := t.demand.states[key]; {
+				case state == nil && t.inForce(key.uid):
+					t.demand.states[key] = &demandState{ended: time.Now()}
+				case state != nil && state.nodes == 0:
 					state.ended = time.Now()
 				}
 			}
 		}
-		return nil, nil
+		return none, nil
 	})
 	return err
 }

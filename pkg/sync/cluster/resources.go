@@ -208,10 +208,12 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 			c.state = known
 		}
 		undecided := c.undecided()
+		solved := c.problem != nil && problem == nil
 		c.generation, c.sources, c.skipped, c.unread = r.Generation, resolved.sources, skipped, false
 		c.problem, c.failure = problem, failure
-		if undecided && !c.undecided() {
-			t.enqueueTargetsOf(c) // it delivers nothing, and others may claim what it left
+		if undecided && !c.undecided() || solved {
+			// It delivers nothing, and others may claim what it left; or what it holds may go.
+			t.enqueueTargetsOf(c)
 		}
 	})
 	return failure
@@ -452,13 +454,21 @@ func (t *term) retire(ctx context.Context, uid types.UID) error {
 
 // isThere asks the API server whether there is a resource with this UID.
 func (t *term) isThere(ctx context.Context, uid types.UID) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
-	defer cancel()
-	list := &v1alpha1.ImagePullSecretList{}
-	if err := t.images.Get().Resource(v1alpha1.Resource.Resource).Do(ctx).Into(list); err != nil {
-		return false, passing("list the ImagePullSecrets", err)
-	}
-	return slices.ContainsFunc(list.Items, func(r v1alpha1.ImagePullSecret) bool { return r.UID == uid }), nil
+	live, err := t.liveResources(ctx)
+	return slices.ContainsFunc(live, func(r metav1.PartialObjectMetadata) bool { return r.UID == uid }), err
+}
+
+// liveResources asks the API server for all resources.
+func (t *term) liveResources(ctx context.Context) ([]metav1.PartialObjectMetadata, error) {
+	return t.readResources.do(func() ([]metav1.PartialObjectMetadata, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.CallTimeout)
+		defer cancel()
+		list, err := t.metadata.Resource(v1alpha1.Resource).List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return nil, passing("list the ImagePullSecrets", err)
+		}
+		return list.Items, nil
+	})
 }
 
 func (t *term) deleteOwn(ctx context.Context, namespace, name string, exactly *metav1.Preconditions) error {

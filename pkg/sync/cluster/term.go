@@ -52,7 +52,9 @@ type term struct {
 	// stop ends the term.
 	stop func(error)
 	// reads shares live reads between those who need the same one.
-	reads singleflight.Group
+	reads         singleflight.Group
+	readResources *sharedRead[[]metav1.PartialObjectMetadata]
+	readReports   *sharedRead[struct{}]
 
 	mu sync.Mutex
 	// started: the first lists are in, and changes are worth a look.
@@ -113,6 +115,8 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 	t := &term{
 		Coordinator:   c,
 		recorder:      recorder,
+		readResources: newSharedRead[[]metav1.PartialObjectMetadata](),
+		readReports:   newSharedRead[struct{}](),
 		byUID:         map[types.UID]*v1alpha1.ImagePullSecret{},
 		gone:          map[types.UID]bool{},
 		claims:        map[types.UID]*claim{},
