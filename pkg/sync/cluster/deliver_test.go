@@ -57,6 +57,14 @@ func (s *situation) there(c *claim, edit ...func(*metav1.PartialObjectMetadata))
 	return m
 }
 
+// refersTo changes the owner references of the Secret.
+func (s *situation) refersTo(owners ...types.UID) {
+	key := types.NamespacedName{Namespace: s.key.namespace, Name: s.key.name}
+	secret, _ := s.targets[s.key.name].Get(key)
+	secret.OwnerReferences, secret.ResourceVersion = owners, "999999"
+	s.targets[s.key.name].Put(key, secret)
+}
+
 func (s *situation) decides() decision { return s.decide(s.key, s.now) }
 
 // outcomes are those of all claims, as text.
@@ -504,25 +512,16 @@ func TestDecideAboutASecretOfADeadResourceThatAnotherHasClaimed(t *testing.T) {
 		}, leave},
 		"its own was orphaned": {func(s *situation, _ *claim) { s.gone["uid-a"] = true }, leave},
 		"its own reference is still there: the collector is at work": {func(s *situation, _ *claim) {
-			old, _ := s.targets["pull"].Get(types.NamespacedName{Namespace: "n", Name: "pull"})
-			old.OwnerReferences = []types.UID{"uid-a", "uid-b"}
-			old.ResourceVersion = "999999"
-			s.targets["pull"].Put(types.NamespacedName{Namespace: "n", Name: "pull"}, old)
+			s.refersTo("uid-a", "uid-b")
 		}, leave},
 		"not while it is not known what a third one wants": {func(s *situation, _ *claim) {
 			third := s.claimOf(s.t, resource(s.t, "c", 2, byNone), 3)
 			third.rendered, third.unread = impsync.Rendered{}, true
-			old, _ := s.targets["pull"].Get(types.NamespacedName{Namespace: "n", Name: "pull"})
-			old.OwnerReferences = []types.UID{"uid-b", "uid-c"}
-			old.ResourceVersion = "999999"
-			s.targets["pull"].Put(types.NamespacedName{Namespace: "n", Name: "pull"}, old)
+			s.refersTo("uid-b", "uid-c")
 		}, leave},
 		"its own reference is still there, and its end was seen": {func(s *situation, _ *claim) {
 			s.gone["uid-a"] = false
-			old, _ := s.targets["pull"].Get(types.NamespacedName{Namespace: "n", Name: "pull"})
-			old.OwnerReferences = []types.UID{"uid-a", "uid-b"}
-			old.ResourceVersion = "999999"
-			s.targets["pull"].Put(types.NamespacedName{Namespace: "n", Name: "pull"}, old)
+			s.refersTo("uid-a", "uid-b")
 		}, remove},
 		"not while the other has a problem: its last word stays": {func(_ *situation, other *claim) {
 			other.problem = errors.New("x")
