@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -193,6 +194,8 @@ func (s *soak) makeResource(ctx context.Context, spec spec) (string, error) {
 			there, getErr := s.images().Get(ctx, r.name, metav1.GetOptions{})
 			if getErr == nil && there.GetAnnotations()["soak.test/number"] == number {
 				created, err = there, nil
+			} else if getErr == nil {
+				err = errors.Join(err, s.helpCollector(ctx, there))
 			}
 		}
 		if err != nil {

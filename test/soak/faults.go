@@ -254,3 +254,19 @@ func every(n uint64) func(cluster.Request) bool {
 	var count atomic.Uint64
 	return func(cluster.Request) bool { return count.Add(1)%n == 0 }
 }
+
+// helpCollector starts the controller manager anew where its garbage collector does not get
+// over orphaning what belonged to a resource. That is no fault of imps: where a watch of
+// it broke, and a Secret was deleted and made anew meanwhile, it takes the two for one, and
+// goes on trying to change the one that is gone.
+func (s *soak) helpCollector(ctx context.Context, resource metav1.Object) error {
+	going := resource.GetDeletionTimestamp()
+	if going == nil || !slices.Contains(resource.GetFinalizers(), metav1.FinalizerOrphanDependents) ||
+		time.Since(going.Time) < collectorPatience || time.Since(s.collectorHelped) < collectorPatience {
+		return nil
+	}
+	s.collectorHelped = time.Now()
+	s.collectorHelps++
+	s.note("help", "start the controller manager anew, for "+resource.GetName())
+	return s.control.RestartControllerManager(ctx)
+}

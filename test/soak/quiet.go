@@ -186,6 +186,11 @@ func (s *soak) quiet(ctx context.Context) error {
 				return err
 			}
 			wrong = s.differences(v)
+			for _, r := range v.resources {
+				if err := s.helpCollector(ctx, r); err != nil {
+					return err
+				}
+			}
 			if err := s.fleet.leading(ctx); err != nil {
 				wrong = append(wrong, err.Error())
 			}

@@ -29,10 +29,11 @@ const (
 	linger = 2 * time.Second
 	// callTimeout bounds one request of the soak's own.
 	callTimeout = 10 * time.Second
-	// within bounds everything that should only take moments. A name becomes free when the
-	// garbage collector has orphaned what belonged to it, and after the API server was away
-	// that may try for minutes with what it remembers.
-	within = 3 * time.Minute
+	// within bounds everything that should only take moments.
+	within = time.Minute
+	// collectorPatience is for how long the garbage collector may orphan what belonged to a
+	// resource.
+	collectorPatience = 15 * time.Second
 	// changesInWindow are at least so many, and at most so many more, between two quiet
 	// points; faultsInWindow are the faults among them.
 	changesInWindow, moreChanges, faultsInWindow = 8, 32, 4
@@ -73,6 +74,9 @@ type soak struct {
 	windowBegan cluster.Mark
 	settled     []time.Duration // how long each quiet point took to come
 	unknown     int             // deletions that nobody is known to have asked for
+	// collectorHelped is when the garbage collector was last helped, of collectorHelps times.
+	collectorHelped time.Time
+	collectorHelps  int
 
 	mu   sync.Mutex
 	line string // of progress
@@ -409,6 +413,7 @@ func (s *soak) tellCounts() {
 		s.say("all was right after %.1f s (median), %.1f s (at most); %d deletions that the audit log lost in a crash",
 			sorted[len(sorted)/2].Seconds(), sorted[len(sorted)-1].Seconds(), s.unknown)
 	}
+	s.say("%d times the garbage collector could not go on by itself", s.collectorHelps)
 	s.fleet.tell(s.say)
 }
 
