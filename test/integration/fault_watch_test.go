@@ -209,6 +209,56 @@ func TestACoordinatorWhoseWatchOfResourcesStallsDeletesNothingThatIsSelected(t *
 	history.is(s, []string{left}, watch.Added, watch.Deleted)
 }
 
+// The same where another resource, whose the Secret is, goes then: the garbage collector
+// takes what nobody else holds.
+func TestACoordinatorWhoseWatchOfResourcesStallsLetsGoOfNothingThatIsSelected(t *testing.T) {
+	s := newSystemBehindProxy(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	namespace := s.namespace(map[string]string{s.prefix: "a"}, nil)
+	older := s.resource(s.prefix+"-a", spec(`  namespaces: {names: [`+namespace+`]}`))
+	younger := s.resource(s.prefix+"-b", spec(`  namespaces: {labels: [{matchLabels: {`+s.prefix+`: a}}]}`))
+	s.has(namespace, "registry.one")
+	s.owners(namespace, 2)
+	s.ready(older.Name, 1)
+	s.calm()
+	was := s.secret(namespace, secretName)
+
+	stall := s.stall(1, func(r cluster.Request) bool { return r.Resource == "imagepullsecrets" })
+	mark := s.control.Audit().Mark()
+	s.change(younger.Name, `spec: {target: {namespaces: {labels: [{matchLabels: {`+s.prefix+`: b}}]}}}`)
+	s.label(namespace, map[string]any{s.prefix: "b"})
+	s.eventually(func() error {
+		for _, e := range s.requests(mark, "coordinator") {
+			if e.Resource == "imagepullsecrets" && e.Verb == "list" {
+				return nil
+			}
+		}
+		return fmt.Errorf("not yet")
+	}, "the coordinator does not ask for the resources")
+	s.source("hub", dockerConfig("registry.two"))
+	s.has(namespace, "registry.two") // which is not held up
+	s.owners(namespace, 2)
+	s.deleteResource(older.Name, metav1.DeletePropagationBackground)
+	s.owners(namespace, 1)
+	stall.Remove()
+	s.ready(younger.Name, 1)
+	secret := s.has(namespace, "registry.two")
+	require.Equal(t, was.UID, secret.UID)
+	ours(t, secret, younger.UID)
+	s.calm()
+
+	// What nobody claims any more is let go of, in one write.
+	again := s.resource(s.prefix+"-c", spec(`  namespaces: {names: [`+namespace+`]}`))
+	s.owners(namespace, 2)
+	s.calm()
+	mark = s.control.Audit().Mark()
+	s.change(again.Name, `spec: {target: {namespaces: {names: []}}}`)
+	s.owners(namespace, 1)
+	s.calm()
+	require.Len(t, s.secretWrites(mark, "coordinator"), 1)
+}
+
 // A coordinator that does not hear that Pods select a namespace, which no rule does any
 // more: it reads the reports before it deletes anything.
 func TestACoordinatorWhoseWatchOfReportsStallsDeletesNothingThatPodsSelect(t *testing.T) {

@@ -108,6 +108,12 @@ type decision struct {
 	// byMetadata: the namespace's labels or annotations could have it selected; ask for them
 	// before deleting.
 	byMetadata bool
+	// holders are live resources whose owner references an update takes off, as they do not
+	// claim the Secret any more; kept is the target with them, and keptMet that the Secret is
+	// as that says.
+	holders []types.UID
+	kept    impsync.Target
+	keptMet bool
 }
 
 var (
@@ -293,15 +299,16 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 	for _, loser := range claimants[1:] {
 		t.note(loser, key.namespace, &outcome{kind: conflicted, message: fmt.Sprintf("the older ImagePullSecret %s claims the same Secret", winner.ref.Name)})
 	}
-	expectation, err := winner.expect(claimants)
+	d := decision{winner: winner, existing: existing}
+	for _, c := range claimants {
+		d.owners = append(d.owners, c.ref)
+	}
+	expectation, err := winner.expect(d.owners)
 	if err != nil {
 		t.note(winner, key.namespace, &outcome{kind: failed, message: err.Error()})
 		return decision{}
 	}
-	d := decision{winner: winner, target: expectation.Target(), existing: existing}
-	for _, c := range claimants {
-		d.owners = append(d.owners, c.ref)
-	}
+	d.target = expectation.Target()
 	counter := winner.rendered.Target.Revision().Counter
 	switch {
 	case exists && existing.Deleting:
@@ -327,6 +334,24 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 		d.verb = adopt
 	case !expectation.Met(existing):
 		d.verb = update
+		d.holders = t.holders(d.owners, existing)
+		if d.holders == nil {
+			break
+		}
+		kept, err := winner.expect(t.withHolders(d.owners, d.holders))
+		if err != nil {
+			t.note(winner, key.namespace, &outcome{kind: failed, message: err.Error()})
+			return decision{}
+		}
+		d.kept, d.keptMet = kept.Target(), kept.Met(existing)
+		if slices.ContainsFunc(d.holders, t.unsettled) { // it may claim it still
+			t.targetQueue.AddAfter(key, impsync.RecheckSoonest)
+			if d.keptMet {
+				t.note(winner, key.namespace, &outcome{kind: delivered, counter: counter})
+				return decision{}
+			}
+			d.target, d.holders = d.kept, nil
+		}
 	default:
 		t.note(winner, key.namespace, &outcome{kind: delivered, counter: counter})
 		return decision{}
@@ -595,13 +620,38 @@ func (t *term) leftBehind(existing impsync.Existing) bool {
 		!orphaned && (gone || !existing.HasOwner(owner))
 }
 
+// holders returns the live resources whose owner references are on a Secret that they do
+// not claim any more. The garbage collector would take it, were they taken off and all
+// other owners deleted.
+func (t *term) holders(owners []impsync.ResourceRef, existing impsync.Existing) (holders []types.UID) {
+	for _, uid := range existing.OwnerReferences {
+		if t.inForce(uid) && !slices.ContainsFunc(owners, func(owner impsync.ResourceRef) bool { return owner.UID == uid }) {
+			holders = append(holders, uid)
+		}
+	}
+	return holders
+}
+
+func (t *term) withHolders(owners []impsync.ResourceRef, holders []types.UID) []impsync.ResourceRef {
+	all := slices.Clone(owners)
+	for _, uid := range holders {
+		all = append(all, impsync.RefOf(t.byUID[uid]))
+	}
+	slices.SortFunc(all, impsync.ResourceRef.Compare)
+	return all
+}
+
+// unsettled reports whether it is not known what a resource in force wants now.
+func (t *term) unsettled(uid types.UID) bool {
+	c := t.claims[uid]
+	return c == nil || c.settled != t.byUID[uid].Generation || !c.wordCounts()
+}
+
 // expect returns the expectation for the claim's target with these owners.
-func (c *claim) expect(claimants []*claim) (*impsync.Expectation, error) {
-	refs := make([]impsync.ResourceRef, 0, len(claimants))
-	uids := make([]string, 0, len(claimants))
-	for _, claimant := range claimants {
-		refs = append(refs, claimant.ref)
-		uids = append(uids, string(claimant.ref.UID))
+func (c *claim) expect(refs []impsync.ResourceRef) (*impsync.Expectation, error) {
+	uids := make([]string, 0, len(refs))
+	for _, ref := range refs {
+		uids = append(uids, string(ref.UID))
 	}
 	owners := strings.Join(uids, " ")
 	if e := c.expectations[owners]; e != nil {
@@ -664,7 +714,19 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 		if err := t.confirmOwners(ctx, d); err != nil {
 			return err
 		}
-		m, err := t.secrets.Update(ctx, key.namespace, d.target, d.existing)
+		target := d.target
+		if d.holders != nil {
+			err := t.confirmReleased(ctx, key, d.holders)
+			switch {
+			case errors.Is(err, errBehind) && !d.keptMet:
+				target = d.kept // the rest of the change does not wait
+			case err != nil:
+				return err
+			case !slices.Equal(t.decide(key, time.Now()).holders, d.holders):
+				return errAgain
+			}
+		}
+		m, err := t.secrets.Update(ctx, key.namespace, target, d.existing)
 		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
 		if err != nil {
 			return err
@@ -694,7 +756,7 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 				return err
 			}
 			if d.byMetadata {
-				if err := t.confirmUnselected(ctx, key); err != nil {
+				if err := t.confirmUnselected(ctx, key, nil); err != nil {
 					return err
 				}
 			}
@@ -738,10 +800,25 @@ func (t *term) confirmResources(ctx context.Context) error {
 	return nil
 }
 
+// confirmReleased returns errBehind where one of these resources may claim a Secret that
+// it does not claim as far as is known.
+func (t *term) confirmReleased(ctx context.Context, key targetKey, holders []types.UID) error {
+	if err := t.confirmResources(ctx); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	byMetadata := t.byMetadata(key)
+	t.mu.Unlock()
+	if !byMetadata {
+		return nil
+	}
+	return t.confirmUnselected(ctx, key, holders)
+}
+
 // confirmUnselected asks for the namespace and returns errBehind where a namespace rule
-// selects it: its labels may have changed, and an agent have seen that, before our watch
+// selects it, of these resources or, nil, of any: its labels may have changed, and an agent have seen that, before our watch
 // brings them.
-func (t *term) confirmUnselected(ctx context.Context, key targetKey) error {
+func (t *term) confirmUnselected(ctx context.Context, key targetKey, only []types.UID) error {
 	list, err := t.metadata.Resource(impsync.NamespaceResource).List(ctx, metav1.ListOptions{
 		FieldSelector: metav1.ObjectNameField + "=" + key.namespace,
 	})
@@ -752,7 +829,7 @@ func (t *term) confirmUnselected(ctx context.Context, key targetKey) error {
 	defer t.mu.Unlock()
 	for i := range list.Items {
 		for uid, c := range t.byTarget[key.name] {
-			if t.inForce(uid) && c.selection.SelectsByRule(key.namespace, list.Items[i].Labels, list.Items[i].Annotations) {
+			if t.inForce(uid) && (only == nil || slices.Contains(only, uid)) && c.selection.SelectsByRule(key.namespace, list.Items[i].Labels, list.Items[i].Annotations) {
 				return errBehind
 			}
 		}

@@ -736,6 +736,7 @@ func TestOfTwoResourcesThatClaimOneTargetTheOlderWins(t *testing.T) {
 				require.Equal(t, fmt.Sprintf("delivered at %d", winner.rendered.Target.Revision().Counter), s.outcomes()[winner.ref.Name+" in n"])
 
 				// The winner goes: the Secret is handed over in place.
+				delete(s.byUID, winner.ref.UID)
 				delete(s.claims, winner.ref.UID)
 				delete(s.byTarget["pull"], winner.ref.UID)
 				s.gone[winner.ref.UID] = false
@@ -744,6 +745,87 @@ func TestOfTwoResourcesThatClaimOneTargetTheOlderWins(t *testing.T) {
 				require.Same(t, loser, d.winner)
 				require.Equal(t, []types.UID{loser.ref.UID}, d.target.Owners())
 				require.Equal(t, loser.rendered.Target.Revision(), d.target.Revision())
+			})
+		})
+	}
+}
+
+// A live resource's owner reference is taken off only on its own word: with it, the garbage
+// collector would let go of the Secret, were all others deleted.
+func TestAnOwnerReferenceIsTakenOffOnlyOnTheWordOfItsResource(t *testing.T) {
+	t.Parallel()
+	const write = "PATCH /api/v1/namespaces/n/secrets/pull"
+	for name, test := range map[string]struct {
+		edit   func(s *situation, holder *v1alpha1.ImagePullSecret, c *claim) (there *v1alpha1.ImagePullSecret)
+		asked  []string
+		owners []types.UID
+	}{
+		"it says what is in force": {
+			func(_ *situation, holder *v1alpha1.ImagePullSecret, _ *claim) *v1alpha1.ImagePullSecret {
+				return holder
+			},
+			[]string{listOfResources, write}, []types.UID{"uid-a"},
+		},
+		"it says something else, as nobody has told yet": {
+			func(_ *situation, holder *v1alpha1.ImagePullSecret, _ *claim) *v1alpha1.ImagePullSecret {
+				holder = holder.DeepCopy()
+				holder.Generation++
+				return holder
+			},
+			[]string{listOfResources}, nil,
+		},
+		"it says something else, which is not in force yet": {
+			func(s *situation, holder *v1alpha1.ImagePullSecret, _ *claim) *v1alpha1.ImagePullSecret {
+				holder = holder.DeepCopy()
+				holder.Generation++
+				s.byUID[holder.UID] = holder
+				return holder
+			},
+			nil, nil,
+		},
+		"it has a problem": {
+			func(_ *situation, holder *v1alpha1.ImagePullSecret, c *claim) *v1alpha1.ImagePullSecret {
+				c.problem = errors.New("x")
+				return holder
+			},
+			nil, nil,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				winner, holder := resource(t, "a", 0, byName), resource(t, "b", 1, byNone)
+				c := s.claimOf(t, winner, 7)
+				held := s.claimOf(t, holder, 3)
+				both, err := c.expect([]impsync.ResourceRef{c.ref, held.ref})
+				require.NoError(t, err)
+				s.mirrorOf(t, "pull", applied(t, "n", both.Target()))
+				there := test.edit(s, holder, held)
+				s.server().resources = []*v1alpha1.ImagePullSecret{winner, there}
+				err = s.reconcileTarget(t.Context(), s.key)
+				require.Equal(t, test.asked, s.server().asked())
+				switch {
+				case test.owners != nil:
+					require.ErrorIs(t, err, syscall.ECONNREFUSED)
+				case test.asked != nil:
+					require.ErrorIs(t, err, errBehind)
+				default:
+					require.NoError(t, err)
+					require.Equal(t, "delivered at 7", s.outcomes()["a in n"])
+				}
+				if test.owners == nil {
+					// What else there is to change does not wait.
+					older := applied(t, "n", both.Target())
+					at("6")(older)
+					s.mirrorOf(t, "pull", older)
+					d := s.decides()
+					require.Equal(t, update, d.verb)
+					if d.holders != nil {
+						require.ErrorIs(t, s.reconcileTarget(t.Context(), s.key), syscall.ECONNREFUSED)
+						require.Equal(t, []string{listOfResources, write}, s.server().asked())
+					} else {
+						require.ElementsMatch(t, []types.UID{"uid-a", "uid-b"}, d.target.Owners())
+					}
+				}
 			})
 		})
 	}
@@ -984,16 +1066,16 @@ func TestExpectationsAreMadeOnceForEachSetOfOwners(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
 		a := s.claimOf(t, resource(t, "a", 0, byName), 7)
 		b := s.claimOf(t, resource(t, "b", 1, byName), 3)
-		alone, err := a.expect([]*claim{a})
+		alone, err := a.expect([]impsync.ResourceRef{a.ref})
 		require.NoError(t, err)
-		both, err := a.expect([]*claim{a, b})
+		both, err := a.expect([]impsync.ResourceRef{a.ref, b.ref})
 		require.NoError(t, err)
 		require.NotSame(t, alone, both)
-		again, err := a.expect([]*claim{a})
+		again, err := a.expect([]impsync.ResourceRef{a.ref})
 		require.NoError(t, err)
 		require.Same(t, alone, again)
 		a.setRendered(a.rendered, a.selection)
-		again, err = a.expect([]*claim{a})
+		again, err = a.expect([]impsync.ResourceRef{a.ref})
 		require.NoError(t, err)
 		require.NotSame(t, alone, again, "a new content has new expectations")
 	})
