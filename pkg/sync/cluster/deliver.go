@@ -109,11 +109,8 @@ type decision struct {
 	// before deleting.
 	byMetadata bool
 	// holders are live resources whose owner references an update takes off, as they do not
-	// claim the Secret any more; kept is the target with them, and keptMet that the Secret is
-	// as that says.
-	holders []types.UID
-	kept    impsync.Target
-	keptMet bool
+	// claim the Secret any more.
+	holders []impsync.ResourceRef
 }
 
 var (
@@ -310,6 +307,8 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 	}
 	d.target = expectation.Target()
 	counter := winner.rendered.Target.Revision().Counter
+	was, ok := winner.outcomes[key.namespace]
+	content := false // it is delivered, and only owner references are not what they should be
 	switch {
 	case exists && existing.Deleting:
 		// Somebody's finalizer holds it; its end is an event.
@@ -335,28 +334,11 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 	case !expectation.Met(existing):
 		d.verb = update
 		d.holders = t.holders(d.owners, existing)
-		if d.holders == nil {
-			break
-		}
-		kept, err := winner.expect(t.withHolders(d.owners, d.holders))
-		if err != nil {
-			t.note(winner, key.namespace, &outcome{kind: failed, message: err.Error()})
-			return decision{}
-		}
-		d.kept, d.keptMet = kept.Target(), kept.Met(existing)
-		if slices.ContainsFunc(d.holders, t.unsettled) { // it may claim it still
-			t.targetQueue.AddAfter(key, impsync.RecheckSoonest)
-			if d.keptMet {
-				t.note(winner, key.namespace, &outcome{kind: delivered, counter: counter})
-				return decision{}
-			}
-			d.target, d.holders = d.kept, nil
-		}
+		content = winner.contentMet(d.owners, d.holders, existing)
 	default:
 		t.note(winner, key.namespace, &outcome{kind: delivered, counter: counter})
 		return decision{}
 	}
-	was, ok := winner.outcomes[key.namespace]
 	if was.counter == counter { // it was delivered, and somebody has undone that
 		r := winner.repairs[key.namespace]
 		if r.expectation != expectation || now.Sub(r.last) > 2*repairMaxDelay {
@@ -372,7 +354,10 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 		}
 		d.repairs = &r
 	}
-	if !ok || was.kind == excluded {
+	switch {
+	case content && (was.counter != counter || was.kind != failed): // else the last try has failed
+		t.note(winner, key.namespace, &outcome{kind: delivered, counter: counter})
+	case !ok || was.kind == excluded:
 		t.note(winner, key.namespace, &outcome{kind: pending, counter: was.counter})
 	}
 	return d
@@ -476,7 +461,9 @@ func (t *term) demanded(c *claim, key demandKey, existing impsync.Existing, exis
 		return true
 	}
 	if !exists || existing.OwnerUID != key.uid || existing.Ownership == impsync.Restored || existing.Ownership == impsync.Foreign {
-		if !exists || !existing.HasOwner(key.uid) || !t.leftBehind(existing) {
+		// What it has claimed as well it may keep, if nobody else does: see decidePrune.
+		others := exists && existing.Ownership == impsync.Ours && existing.OwnerUID != key.uid && existing.HasOwner(key.uid)
+		if !others || !t.inForce(existing.OwnerUID) && !t.leftBehind(existing) {
 			t.demand.forget(key)
 		}
 		return false
@@ -519,7 +506,11 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 		return decision{}
 	}
 	// Others that have claimed it hold it with their owner references. Where it is not known
-	// of one whether it still does, it is looked at again once it is.
+	// of one whether it still does, it is looked at again once it is. One with Pod rules may
+	// want it without a word yet: as in the case of its own Secrets where it was left to it,
+	// else where the reports have told so.
+	d := decision{verb: remove, existing: existing, byMetadata: t.byMetadata(key)}
+	left, lingers := t.leftBehind(existing), false
 	var holder *claim
 	for _, uid := range existing.OwnerReferences {
 		if uid == owner || !t.inForce(uid) {
@@ -529,26 +520,26 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 		if c == nil || !c.wordCounts() {
 			return decision{}
 		}
-		if holder == nil || c.hasPodRules() { // of several, one that may want it without a word
-			holder = c
+		holder = c
+		if c.hasPodRules() {
+			demand := demandKey{key.namespace, uid}
+			d.confirm = true
+			lingers = (left || t.demand.states[demand] != nil) && t.lingers(demand, key.name, now) || lingers
 		}
 	}
-	d := decision{verb: remove, existing: existing, byMetadata: t.byMetadata(key)}
+	if lingers {
+		return decision{}
+	}
 	if c := t.claims[owner]; c != nil && t.inForce(owner) {
 		if !c.wordCounts() {
 			return decision{}
 		}
 		d.winner = c
-		d.confirm = c.hasPodRules() || t.demand.states[demandKey{key.namespace, owner}] != nil
+		d.confirm = d.confirm || c.hasPodRules() || t.demand.states[demandKey{key.namespace, owner}] != nil
 		return d
 	}
-	if t.leftBehind(existing) && holder != nil {
-		// Those do not want it either by now. One with Pod rules may do so without a word
-		// yet, as in the case of its own Secrets.
-		d.winner, d.confirm = holder, holder.hasPodRules()
-		if d.confirm && t.lingers(demandKey{key.namespace, holder.ref.UID}, key.name, now) {
-			return decision{}
-		}
+	if left && holder != nil {
+		d.winner = holder
 		return d
 	}
 	orphaned, gone := t.gone[owner]
@@ -567,9 +558,9 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 }
 
 // wordCounts reports whether it is known what the claim selects: it was rendered in this
-// term or withdrawn, and there is no problem that keeps its last good selection in force.
+// term or withdrawn, and nothing keeps its last good selection in force.
 func (c *claim) wordCounts() bool {
-	return c.problem == nil && (!c.rendered.Target.IsZero() || c.withdrawn)
+	return c.problem == nil && c.failure == nil && (!c.rendered.Target.IsZero() || c.withdrawn)
 }
 
 func (c *claim) hasPodRules() bool { return c.selection != nil && c.selection.HasPodRules() }
@@ -623,28 +614,32 @@ func (t *term) leftBehind(existing impsync.Existing) bool {
 // holders returns the live resources whose owner references are on a Secret that they do
 // not claim any more. The garbage collector would take it, were they taken off and all
 // other owners deleted.
-func (t *term) holders(owners []impsync.ResourceRef, existing impsync.Existing) (holders []types.UID) {
+func (t *term) holders(owners []impsync.ResourceRef, existing impsync.Existing) (holders []impsync.ResourceRef) {
 	for _, uid := range existing.OwnerReferences {
 		if t.inForce(uid) && !slices.ContainsFunc(owners, func(owner impsync.ResourceRef) bool { return owner.UID == uid }) {
-			holders = append(holders, uid)
+			holders = append(holders, impsync.RefOf(t.byUID[uid]))
 		}
 	}
 	return holders
 }
 
-func (t *term) withHolders(owners []impsync.ResourceRef, holders []types.UID) []impsync.ResourceRef {
-	all := slices.Clone(owners)
-	for _, uid := range holders {
-		all = append(all, impsync.RefOf(t.byUID[uid]))
+// contentMet reports whether a Secret is as it should be but for the owner references of
+// others than the winner.
+func (c *claim) contentMet(owners, holders []impsync.ResourceRef, existing impsync.Existing) bool {
+	present := slices.DeleteFunc(slices.Concat(owners, holders), func(ref impsync.ResourceRef) bool { return !existing.HasOwner(ref.UID) })
+	if !slices.Contains(present, c.ref) {
+		return false
 	}
-	slices.SortFunc(all, impsync.ResourceRef.Compare)
-	return all
+	slices.SortFunc(present, impsync.ResourceRef.Compare)
+	e, err := c.expect(present)
+	return err == nil && e.Met(existing)
 }
 
-// unsettled reports whether it is not known what a resource in force wants now.
+// unsettled reports whether it is not known what a resource wants now. The caller holds the
+// lock.
 func (t *term) unsettled(uid types.UID) bool {
-	c := t.claims[uid]
-	return c == nil || c.settled != t.byUID[uid].Generation || !c.wordCounts()
+	c, r := t.claims[uid], t.byUID[uid]
+	return c == nil || r == nil || c.settled != r.Generation || !c.wordCounts()
 }
 
 // expect returns the expectation for the claim's target with these owners.
@@ -657,19 +652,23 @@ func (c *claim) expect(refs []impsync.ResourceRef) (*impsync.Expectation, error)
 	if e := c.expectations[owners]; e != nil {
 		return e, nil
 	}
-	target := c.rendered.Target
-	if len(refs) > 1 {
-		var err error
-		if target, err = target.WithOwners(refs); err != nil {
-			return nil, err
-		}
-	}
-	e, err := impsync.NewExpectation(target)
+	e, err := expectationOf(c.rendered.Target, refs)
 	if err != nil {
 		return nil, err
 	}
 	c.expectations[owners] = e
 	return e, nil
+}
+
+// expectationOf returns the expectation for a target with these owners.
+func expectationOf(target impsync.Target, owners []impsync.ResourceRef) (*impsync.Expectation, error) {
+	if len(owners) > 1 || !slices.Equal(target.Owners(), []types.UID{owners[0].UID}) {
+		var err error
+		if target, err = target.WithOwners(owners); err != nil {
+			return nil, err
+		}
+	}
+	return impsync.NewExpectation(target)
 }
 
 // note records the outcome of a claim in a namespace; nil forgets it.
@@ -688,8 +687,8 @@ func (t *term) note(c *claim, namespace string, o *outcome) {
 }
 
 // perform does what was decided. Conflicts come back as errors of their class.
-func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
-	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
+func (t *term) perform(work context.Context, key targetKey, d decision) error {
+	ctx, cancel := context.WithTimeout(work, impsync.CallTimeout)
 	defer cancel()
 	switch d.verb {
 	case leave:
@@ -697,7 +696,7 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 		if d.repairs != nil {
 			// It was there: is it the garbage collector that took it, and our watch of the
 			// resource behind?
-			if err := t.confirmOwners(ctx, d); err != nil {
+			if err := t.confirmAlive(ctx, d.winner.ref); err != nil {
 				return err
 			}
 		}
@@ -711,20 +710,23 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 			return errAgain
 		}
 	case update:
-		if err := t.confirmOwners(ctx, d); err != nil {
-			return err
+		owners, unsure := t.references(ctx, key, d)
+		if owners == nil {
+			return unsure
 		}
 		target := d.target
-		if d.holders != nil {
-			err := t.confirmReleased(ctx, key, d.holders)
-			switch {
-			case errors.Is(err, errBehind) && !d.keptMet:
-				target = d.kept // the rest of the change does not wait
-			case err != nil:
+		if unsure != nil { // the rest of the change does not wait
+			expectation, err := expectationOf(target, owners)
+			if err != nil {
 				return err
-			case !slices.Equal(t.decide(key, time.Now()).holders, d.holders):
-				return errAgain
 			}
+			if expectation.Met(d.existing) {
+				return unsure
+			}
+			target = expectation.Target()
+			var cancel context.CancelFunc // what was asked for may have used the time up
+			ctx, cancel = context.WithTimeout(work, impsync.CallTimeout)
+			defer cancel()
 		}
 		m, err := t.secrets.Update(ctx, key.namespace, target, d.existing)
 		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
@@ -733,8 +735,10 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 		}
 		t.know(key, m)
 	case adopt:
-		if err := t.confirmOwners(ctx, d); err != nil {
-			return err
+		if !d.existing.HasOwner(d.winner.ref.UID) {
+			if err := t.confirmAlive(ctx, d.winner.ref); err != nil {
+				return err
+			}
 		}
 		m, err := t.secrets.Get(ctx, key.namespace, key.name)
 		if err != nil {
@@ -800,19 +804,60 @@ func (t *term) confirmResources(ctx context.Context) error {
 	return nil
 }
 
-// confirmReleased returns errBehind where one of these resources may claim a Secret that
-// it does not claim as far as is known.
-func (t *term) confirmReleased(ctx context.Context, key targetKey, holders []types.UID) error {
+// references returns whose owner references an update puts on a Secret: those that claim
+// it, but of others than the winner only ones that are known to live, and until it is known
+// that they do not claim it any more, the live ones whose reference is on it. Where they are
+// not just those that claim it, the error is errBehind with the reason; where the winner
+// itself may not be alive, there are none. While a resource is being orphaned, or is gone, a
+// reference to it that is put back would get the Secret collected.
+func (t *term) references(ctx context.Context, key targetKey, d decision) (owners []impsync.ResourceRef, unsure error) {
+	for _, owner := range d.owners {
+		if !d.existing.HasOwner(owner.UID) {
+			if err := t.confirmAlive(ctx, owner); err != nil && owner == d.winner.ref {
+				return nil, err
+			} else if err != nil {
+				unsure = fmt.Errorf("%w: %w", errBehind, err)
+				continue
+			}
+		}
+		owners = append(owners, owner)
+	}
+	if len(d.holders) == 0 {
+		return owners, unsure
+	}
+	if err := t.confirmReleased(ctx, key, d); err != nil {
+		unsure = fmt.Errorf("%w: %w", errBehind, err)
+		owners = append(owners, d.holders...)
+		slices.SortFunc(owners, impsync.ResourceRef.Compare)
+	}
+	return owners, unsure
+}
+
+// confirmReleased returns an error where one of the holders of a Secret may claim it, though
+// it does not as far as is known, or nobody can be asked.
+func (t *term) confirmReleased(ctx context.Context, key targetKey, d decision) error {
+	var holders []types.UID
+	for _, holder := range d.holders {
+		holders = append(holders, holder.UID)
+	}
+	t.mu.Lock()
+	unsettled, byMetadata := slices.ContainsFunc(holders, t.unsettled), t.byMetadata(key)
+	t.mu.Unlock()
+	if unsettled {
+		return errBehind
+	}
 	if err := t.confirmResources(ctx); err != nil {
 		return err
 	}
-	t.mu.Lock()
-	byMetadata := t.byMetadata(key)
-	t.mu.Unlock()
-	if !byMetadata {
-		return nil
+	if byMetadata {
+		if err := t.confirmUnselected(ctx, key, holders); err != nil {
+			return err
+		}
 	}
-	return t.confirmUnselected(ctx, key, holders)
+	if again := t.decide(key, time.Now()); !slices.Equal(again.holders, d.holders) {
+		return errBehind // it was, and is not any more
+	}
+	return nil
 }
 
 // confirmUnselected asks for the namespace and returns errBehind where a namespace rule
@@ -897,21 +942,6 @@ func (t *term) rereadRendered(ctx context.Context, uid types.UID) error {
 		if was, ok := t.rendered.Get(key); !ok || impsync.Newer(read.resourceVersion, was.resourceVersion) {
 			t.rendered.Put(key, read)
 			t.resourceQueue.Add(uid)
-		}
-	}
-	return nil
-}
-
-// confirmOwners makes sure, where a Secret lacks the owner reference of its owner, that
-// this is alive. While it is being orphaned, a reference that is put back would get the
-// Secret collected, and what has none any more is not ours to delete.
-func (t *term) confirmOwners(ctx context.Context, d decision) error {
-	for _, owner := range d.owners {
-		if d.existing.HasOwner(owner.UID) {
-			continue
-		}
-		if err := t.confirmAlive(ctx, owner); err != nil {
-			return err
 		}
 	}
 	return nil

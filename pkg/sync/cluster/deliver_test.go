@@ -553,31 +553,56 @@ func TestDecideAboutASecretOfADeadResourceThatAnotherHasClaimed(t *testing.T) {
 	}
 }
 
-// Of several that hold it, one that has Pod rules counts, whatever the order.
-func TestOfSeveralThatHoldASecretTheOneWithPodRulesIsAsked(t *testing.T) {
+// Of several that hold it, each that has Pod rules may want it still.
+func TestEachThatHoldsASecretAndHasPodRulesIsAsked(t *testing.T) {
 	t.Parallel()
-	for _, uids := range [][2]string{{"b", "c"}, {"c", "b"}} {
-		t.Run(uids[0]+" has Pod rules", func(t *testing.T) {
+	for name, targets := range map[string][2]string{
+		"the first": {byPods, byNone}, "the second": {byNone, byPods}, "both": {byPods, byPods},
+	} {
+		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
 				winner := s.claimOf(t, resource(t, "a", 0, byName), 7)
-				s.there(winner, func(m *metav1.PartialObjectMetadata) {
-					m.OwnerReferences[0].UID = "uid-b"
-					m.OwnerReferences = append(m.OwnerReferences, metav1.OwnerReference{UID: "uid-c"})
-				})
+				s.there(winner)
+				s.refersTo("uid-b", "uid-c")
 				delete(s.byUID, "uid-a")
 				delete(s.claims, "uid-a")
 				delete(s.byTarget["pull"], "uid-a")
-				asked := s.claimOf(t, resource(t, uids[0], 1, byPods), 3)
-				s.claimOf(t, resource(t, uids[1], 2, byNone), 3)
+				for i, target := range targets {
+					s.claimOf(t, resource(t, []string{"b", "c"}[i], 1+i, target), 3)
+				}
 				require.Equal(t, leave, s.decides().verb, "it lingers")
 				s.now = s.now.Add(s.config.DemandLinger)
 				d := s.decides()
 				require.Equal(t, remove, d.verb)
-				require.Same(t, asked, d.winner)
 				require.True(t, d.confirm)
+				for i, target := range targets { // as the reports may tell
+					uid := types.UID([]string{"uid-b", "uid-c"}[i])
+					if state := s.demand.states[demandKey{"n", uid}]; target == byPods {
+						was := *state
+						state.ended, state.unknown = s.now, false
+						require.Equal(t, leave, s.decides().verb, uid)
+						*state = was
+					}
+				}
 			})
 		})
 	}
+}
+
+// Its owner lives and has no Pod rules, but another one that has claimed it does.
+func TestWhoHoldsTheSecretOfALiveOwnerIsAskedForItsPods(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.there(s.claimOf(t, resource(t, "a", 0, byNone), 7))
+		s.refersTo("uid-a", "uid-b")
+		s.claimOf(t, resource(t, "b", 1, byPods), 3)
+		d := s.decides()
+		require.Equal(t, remove, d.verb)
+		require.True(t, d.confirm)
+		s.demand.states[demandKey{"n", "uid-b"}] = &demandState{ended: s.now} // as the reports have told
+		require.Equal(t, leave, s.decides().verb)
+		s.now = s.now.Add(s.config.DemandLinger)
+		require.Equal(t, remove, s.decides().verb)
+	})
 }
 
 // A spec that cannot be used leaves everything as it is, also where the last good one does
@@ -622,6 +647,17 @@ func TestAResourceWithAProblemLosesNothing(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The problem is over, but what the resource says now cannot be written.
+func TestAResourceThatCannotBeRenderedLosesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byNone), 7)
+		s.there(c)
+		require.Equal(t, remove, s.decides().verb, "else it would go")
+		c.failure = errors.New("x")
+		require.Equal(t, leave, s.decides().verb)
+	})
 }
 
 // One resource whose newest spec cannot be rendered holds back what it may want, and no more.
@@ -750,85 +786,110 @@ func TestOfTwoResourcesThatClaimOneTargetTheOlderWins(t *testing.T) {
 	}
 }
 
-// A live resource's owner reference is taken off only on its own word: with it, the garbage
-// collector would let go of the Secret, were all others deleted.
-func TestAnOwnerReferenceIsTakenOffOnlyOnTheWordOfItsResource(t *testing.T) {
+// References of others are neither put on nor taken off without their word, and what else
+// there is to change does not wait for it: a resource that is gone must not get the Secret
+// collected, nor may one lose it that still wants it.
+func TestReferencesOfOthersAreChangedOnlyOnTheirWord(t *testing.T) {
 	t.Parallel()
-	const write = "PATCH /api/v1/namespaces/n/secrets/pull"
-	for name, test := range map[string]struct {
-		edit   func(s *situation, holder *v1alpha1.ImagePullSecret, c *claim) (there *v1alpha1.ImagePullSecret)
+	const (
+		write = "PATCH /api/v1/namespaces/n/secrets/pull"
+		other = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/b"
+	)
+	gone := apierrors.NewNotFound(v1alpha1.Resource.GroupResource(), "b")
+	changed := func(r *v1alpha1.ImagePullSecret) *v1alpha1.ImagePullSecret {
+		r = r.DeepCopy()
+		r.Generation++
+		return r
+	}
+	tests := map[string]struct {
+		// claims: the other one claims the Secret, and its reference is to be put on; else it
+		// is to be taken off.
+		claims bool
+		edit   func(s *situation, other *v1alpha1.ImagePullSecret, c *claim)
 		asked  []string
-		owners []types.UID
+		// sure: it is done.
+		sure bool
 	}{
-		"it says what is in force": {
-			func(_ *situation, holder *v1alpha1.ImagePullSecret, _ *claim) *v1alpha1.ImagePullSecret {
-				return holder
-			},
-			[]string{listOfResources, write}, []types.UID{"uid-a"},
-		},
-		"it says something else, as nobody has told yet": {
-			func(_ *situation, holder *v1alpha1.ImagePullSecret, _ *claim) *v1alpha1.ImagePullSecret {
-				holder = holder.DeepCopy()
-				holder.Generation++
-				return holder
-			},
-			[]string{listOfResources}, nil,
-		},
-		"it says something else, which is not in force yet": {
-			func(s *situation, holder *v1alpha1.ImagePullSecret, _ *claim) *v1alpha1.ImagePullSecret {
-				holder = holder.DeepCopy()
-				holder.Generation++
-				s.byUID[holder.UID] = holder
-				return holder
-			},
-			nil, nil,
-		},
-		"it has a problem": {
-			func(_ *situation, holder *v1alpha1.ImagePullSecret, c *claim) *v1alpha1.ImagePullSecret {
-				c.problem = errors.New("x")
-				return holder
-			},
-			nil, nil,
-		},
-	} {
+		"off: it says what is in force": {false, func(*situation, *v1alpha1.ImagePullSecret, *claim) {}, []string{listOfResources}, true},
+		"off: it says something else, as nobody has told yet": {false, func(s *situation, other *v1alpha1.ImagePullSecret, _ *claim) {
+			s.server().resources[1] = changed(other)
+		}, []string{listOfResources}, false},
+		"off: it says something else, which is not in force yet": {false, func(s *situation, other *v1alpha1.ImagePullSecret, _ *claim) {
+			s.byUID[other.UID] = changed(other)
+		}, nil, false},
+		"off: it has a problem": {false, func(_ *situation, _ *v1alpha1.ImagePullSecret, c *claim) {
+			c.problem = errors.New("x")
+		}, nil, false},
+		"off: nobody can be asked": {false, func(s *situation, _ *v1alpha1.ImagePullSecret, _ *claim) {
+			s.server().answers[listOfResources] = apierrors.NewInternalError(errors.New("x"))
+		}, []string{listOfResources}, false},
+		"on: it is there": {true, func(*situation, *v1alpha1.ImagePullSecret, *claim) {}, []string{other}, true},
+		"on: it is gone, as nobody has told yet": {true, func(s *situation, _ *v1alpha1.ImagePullSecret, _ *claim) {
+			s.server().answers[other] = gone
+		}, []string{other}, false},
+		"on: nobody can be asked": {true, func(s *situation, _ *v1alpha1.ImagePullSecret, _ *claim) {
+			s.server().answers[other] = apierrors.NewInternalError(errors.New("x"))
+		}, []string{other}, false},
+	}
+	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
-				winner, holder := resource(t, "a", 0, byName), resource(t, "b", 1, byNone)
-				c := s.claimOf(t, winner, 7)
-				held := s.claimOf(t, holder, 3)
-				both, err := c.expect([]impsync.ResourceRef{c.ref, held.ref})
+				target := byNone
+				if test.claims {
+					target = byName
+				}
+				a, b := resource(t, "a", 0, byName), resource(t, "b", 1, target)
+				winner, second := s.claimOf(t, a, 7), s.claimOf(t, b, 3)
+				present := []impsync.ResourceRef{winner.ref}
+				if !test.claims {
+					present = append(present, second.ref)
+				}
+				expectation, err := winner.expect(present)
 				require.NoError(t, err)
-				s.mirrorOf(t, "pull", applied(t, "n", both.Target()))
-				there := test.edit(s, holder, held)
-				s.server().resources = []*v1alpha1.ImagePullSecret{winner, there}
+				b.TypeMeta = metav1.TypeMeta{APIVersion: v1alpha1.GroupVersion.String(), Kind: v1alpha1.Kind.Kind}
+				s.server().resources = []*v1alpha1.ImagePullSecret{a, b}
+				s.server().answers = map[string]any{other: b}
+				test.edit(s, b, second)
+				then := func(requests ...string) []string { return append(slices.Clone(test.asked), requests...) }
+
+				s.mirrorOf(t, "pull", applied(t, "n", expectation.Target()))
 				err = s.reconcileTarget(t.Context(), s.key)
-				require.Equal(t, test.asked, s.server().asked())
-				switch {
-				case test.owners != nil:
+				require.Equal(t, impsync.ClassRetry, impsync.ClassifyError(err))
+				if test.sure {
 					require.ErrorIs(t, err, syscall.ECONNREFUSED)
-				case test.asked != nil:
-					require.ErrorIs(t, err, errBehind)
-				default:
-					require.NoError(t, err)
-					require.Equal(t, "delivered at 7", s.outcomes()["a in n"])
+					require.Equal(t, then(write), s.server().asked())
+					require.Equal(t, "failed at 7", s.outcomes()["a in n"])
+					s.decides()
+					require.Equal(t, "failed at 7", s.outcomes()["a in n"], "until it is done")
+				} else {
+					require.ErrorIs(t, err, errBehind, "it is tried again")
+					require.Equal(t, test.asked, s.server().asked())
+					require.Equal(t, "delivered at 7", s.outcomes()["a in n"], "its content is")
 				}
-				if test.owners == nil {
-					// What else there is to change does not wait.
-					older := applied(t, "n", both.Target())
-					at("6")(older)
-					s.mirrorOf(t, "pull", older)
-					d := s.decides()
-					require.Equal(t, update, d.verb)
-					if d.holders != nil {
-						require.ErrorIs(t, s.reconcileTarget(t.Context(), s.key), syscall.ECONNREFUSED)
-						require.Equal(t, []string{listOfResources, write}, s.server().asked())
-					} else {
-						require.ElementsMatch(t, []types.UID{"uid-a", "uid-b"}, d.target.Owners())
-					}
-				}
+
+				older := applied(t, "n", expectation.Target())
+				at("6")(older)
+				s.mirrorOf(t, "pull", older)
+				require.ErrorIs(t, s.reconcileTarget(t.Context(), s.key), syscall.ECONNREFUSED)
+				require.Equal(t, then(write), s.server().asked(), "the rotation does not wait")
 			})
 		})
 	}
+}
+
+// Another one that claims it is gone, as nobody has told yet: the Secret comes back.
+func TestADeletedSecretComesBackWhoeverElseClaimedIt(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		a := resource(t, "a", 0, byName)
+		winner := s.claimOf(t, a, 7)
+		s.claimOf(t, resource(t, "b", 1, byName), 3)
+		winner.outcomes["n"] = outcome{kind: delivered, counter: 7}
+		const own = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a"
+		a.TypeMeta = metav1.TypeMeta{APIVersion: v1alpha1.GroupVersion.String(), Kind: v1alpha1.Kind.Kind}
+		s.server().answers = map[string]any{own: a}
+		require.ErrorIs(t, s.reconcileTarget(t.Context(), s.key), syscall.ECONNREFUSED)
+		require.Equal(t, []string{own, "PATCH /api/v1/namespaces/n/secrets/pull"}, s.server().asked())
+	})
 }
 
 func TestWhereOnlyTheYoungerSelectsItGetsTheSecret(t *testing.T) {

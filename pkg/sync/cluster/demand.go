@@ -190,8 +190,10 @@ func (t *term) rereadReports(ctx context.Context) error {
 			}
 			for _, key := range r.demand {
 				switch state := t.demand.states[key]; {
-				case state == nil && t.inForce(key.uid):
+				case state == nil && t.claims[key.uid] != nil:
+					// Where the watch never tells of it, it ends all the same.
 					t.demand.states[key] = &demandState{ended: time.Now()}
+					t.targetQueue.AddAfter(targetKey{key.namespace, t.claims[key.uid].rendered.Target.Name()}, t.config.DemandLinger)
 				case state != nil && state.nodes == 0:
 					state.ended = time.Now()
 				}

@@ -393,3 +393,25 @@ func TestResourcesAreLookedAtWhereTheVersionMayChange(t *testing.T) {
 		says("n3", nil, "uid-a")
 	})
 }
+
+// What the reports tell before the watch does ends as any demand does.
+func TestADemandThatOnlyTheReportsHaveToldOfEnds(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.claimOf(t, resource(t, "b", 1, byPods), 3)
+		data, err := impsync.Report{Node: "n1", FormatVersions: impsync.FormatVersions(), Demand: map[string][]types.UID{"n": {"uid-b"}}}.Encode()
+		require.NoError(t, err)
+		report := corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: impsync.ReportName("n1")}, Data: data}
+		s.server().answers = map[string]any{
+			"GET /api/v1/namespaces/imps-system/configmaps": corev1.ConfigMapList{
+				TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "ConfigMapList"}, Items: []corev1.ConfigMap{report},
+			},
+		}
+		require.NoError(t, s.rereadReports(t.Context()))
+		require.Len(t, s.demand.states, 1)
+		<-time.After(s.config.DemandLinger)
+		synctest.Wait()
+		require.Equal(t, []string{"n/pull"}, s.queuedTargets())
+		s.decides()
+		require.Empty(t, s.demand.states, "there is no Secret that it could keep")
+	})
+}

@@ -67,6 +67,8 @@ type noServer struct {
 	refusal *apierrors.StatusError
 	// resources are all that are there, where it answers to that.
 	resources []*v1alpha1.ImagePullSecret
+	// answers are what it answers to single requests, a Status or an object.
+	answers map[string]any
 }
 
 func (n *noServer) RoundTrip(request *http.Request) (*http.Response, error) {
@@ -78,6 +80,14 @@ func (n *noServer) RoundTrip(request *http.Request) (*http.Response, error) {
 		return &http.Response{
 			StatusCode: code, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(bytes.NewReader(body)), Request: request,
 		}, err
+	}
+	if content, ok := n.answers[request.Method+" "+request.URL.Path]; ok {
+		if refusal, ok := content.(*apierrors.StatusError); ok {
+			status := refusal.Status()
+			status.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}
+			return answer(int(status.Code), status)
+		}
+		return answer(http.StatusOK, content)
 	}
 	if n.resources != nil && request.Method+" "+request.URL.Path == listOfResources {
 		list := metav1.PartialObjectMetadataList{TypeMeta: metav1.TypeMeta{APIVersion: "meta.k8s.io/v1", Kind: "PartialObjectMetadataList"}}

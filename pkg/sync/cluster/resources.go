@@ -208,7 +208,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 			c.state = known
 		}
 		undecided := c.undecided()
-		solved := c.problem != nil && problem == nil
+		solved := (c.problem != nil || c.failure != nil) && problem == nil && failure == nil
 		c.generation, c.sources, c.skipped, c.unread = r.Generation, resolved.sources, skipped, false
 		c.problem, c.failure = problem, failure
 		if undecided && !c.undecided() || solved {
