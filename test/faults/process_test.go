@@ -95,6 +95,12 @@ func (s *system) ready(p *process) {
 func (s *system) leads(p *process) {
 	s.t.Helper()
 	s.ready(p)
+	s.takesOver(p)
+}
+
+// takesOver waits until one that is ready leads: once the Lease of another has run out.
+func (s *system) takesOver(p *process) {
+	s.t.Helper()
 	s.eventually(func() error {
 		if !s.isLeader(p) {
 			return errors.New("it does not")

@@ -54,12 +54,7 @@ func TestASuspendedLeaderBringsNothingBack(t *testing.T) {
 	require.NoError(t, suspended.Signal(syscall.SIGSTOP))
 
 	mark := control.Audit().Mark()
-	s.eventually(func() error { // once its Lease has run out
-		if !s.isLeader(successor) {
-			return errors.New("it does not lead")
-		}
-		return nil
-	}, "nobody takes over")
+	s.takesOver(successor)
 	s.settles(hub, other)
 	s.wroteOnce(mark)
 	// The successor counts on further than the other could.
@@ -139,12 +134,7 @@ func TestASuspendedLeaderDeletesNothingThatIsWantedAgain(t *testing.T) {
 	s.label(back, "a")
 
 	mark := control.Audit().Mark()
-	s.eventually(func() error { // once its Lease has run out
-		if !s.isLeader(successor) {
-			return errors.New("it does not lead")
-		}
-		return nil
-	}, "nobody takes over")
+	s.takesOver(successor)
 	s.settles(all)
 	require.Equal(t, map[string]int{target(away): 1}, s.writes(mark))
 	all.registry = "hub.1"
@@ -181,12 +171,7 @@ func TestASuspendedLeaderBeginsAnewAfterAnotherHasLedAndGone(t *testing.T) {
 	s.ready(successor)
 	s.settles(hub)
 	require.NoError(t, suspended.Signal(syscall.SIGSTOP))
-	s.eventually(func() error { // once its Lease has run out
-		if !s.isLeader(successor) {
-			return errors.New("it does not lead")
-		}
-		return nil
-	}, "nobody takes over")
+	s.takesOver(successor)
 	hub.registry = "hub.1"
 	s.source("hub", hub.registry)
 	s.settles(hub)

@@ -32,6 +32,19 @@ func (s *system) stall(watches int, match func(cluster.Request) bool) *cluster.I
 	return stall
 }
 
+// asks waits until the coordinator has listed something since mark, by this name if any.
+func (s *system) asks(mark cluster.Mark, resource, name string) {
+	s.t.Helper()
+	s.eventually(func() error {
+		for _, e := range s.requests(mark, "coordinator") {
+			if e.Resource == resource && e.Verb == "list" && strings.Contains(e.URI, name) {
+				return nil
+			}
+		}
+		return fmt.Errorf("not yet")
+	}, "the coordinator does not ask for %s", resource)
+}
+
 // An agent that sees nothing: what rules select, the coordinator delivers. What only the
 // Pods of that node select waits until the agent sees again. What it then creates late is
 // no older than what is there.
@@ -162,14 +175,7 @@ func TestACoordinatorWhoseWatchOfNamespacesStallsDeletesNothingThatIsSelected(t 
 	s.label(late, map[string]any{s.prefix: "a"})
 	s.pod(late, "node-a", nil, nil)
 	s.has(late, "registry.one")
-	s.eventually(func() error {
-		for _, e := range s.requests(mark, "coordinator") {
-			if e.Resource == "namespaces" && strings.Contains(e.URI, late) {
-				return nil
-			}
-		}
-		return fmt.Errorf("not yet")
-	}, "the coordinator does not ask for the namespace")
+	s.asks(mark, "namespaces", late)
 	s.calm()
 	stall.Remove()
 	s.ready(s.prefix, 2)
@@ -192,14 +198,7 @@ func TestACoordinatorWhoseWatchOfResourcesStallsDeletesNothingThatIsSelected(t *
 	s.change(s.prefix, `spec: {target: {namespaces: {labels: [{matchLabels: {`+s.prefix+`: b}}]}}}`)
 	s.label(kept, map[string]any{s.prefix: "b"})
 	s.label(left, map[string]any{s.prefix: "c"})
-	s.eventually(func() error {
-		for _, e := range s.requests(mark, "coordinator") {
-			if e.Resource == "imagepullsecrets" && e.Verb == "list" {
-				return nil
-			}
-		}
-		return fmt.Errorf("not yet")
-	}, "the coordinator does not ask for the resources")
+	s.asks(mark, "imagepullsecrets", "")
 	s.calm()
 	require.NotNil(t, s.secret(left, secretName))
 	stall.Remove()
@@ -228,14 +227,7 @@ func TestACoordinatorWhoseWatchOfResourcesStallsLetsGoOfNothingThatIsSelected(t 
 	mark := s.control.Audit().Mark()
 	s.change(younger.Name, `spec: {target: {namespaces: {labels: [{matchLabels: {`+s.prefix+`: b}}]}}}`)
 	s.label(namespace, map[string]any{s.prefix: "b"})
-	s.eventually(func() error {
-		for _, e := range s.requests(mark, "coordinator") {
-			if e.Resource == "imagepullsecrets" && e.Verb == "list" {
-				return nil
-			}
-		}
-		return fmt.Errorf("not yet")
-	}, "the coordinator does not ask for the resources")
+	s.asks(mark, "imagepullsecrets", "")
 	s.source("hub", dockerConfig("registry.two"))
 	s.has(namespace, "registry.two") // which is not held up
 	s.owners(namespace, 2)

@@ -225,6 +225,18 @@ func TestClearedManagedFieldsAreHealed(t *testing.T) {
 	}
 }
 
+// delivered has one coordinator deliver to one namespace.
+func (s *system) delivered() (*v1alpha1.ImagePullSecret, *corev1.Secret) {
+	s.t.Helper()
+	s.source("hub", dockerConfig("registry.one"))
+	namespace := s.namespace(nil, nil)
+	s.coordinator()
+	r := s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+	secret := s.has(namespace, "registry.one")
+	s.ready(s.prefix, 1)
+	return r, secret
+}
+
 // B18: what a user changes is put back at once, and no more than that.
 func TestAnEditedSecretIsRepairedInPlace(t *testing.T) {
 	for name, patch := range map[string]string{
@@ -288,12 +300,8 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 	})
 	t.Run("another owner in its owner's place stays beside that", func(t *testing.T) {
 		s := newSystem(t)
-		s.source("hub", dockerConfig("registry.one"))
-		namespace := s.namespace(nil, nil)
-		s.coordinator()
-		r := s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
-		was := s.has(namespace, "registry.one")
-		s.ready(s.prefix, 1)
+		r, was := s.delivered()
+		namespace := was.Namespace
 		users, err := s.core.CoreV1().ConfigMaps(namespace).Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "theirs"}}, metav1.CreateOptions{})
 		require.NoError(t, err)
 		mark := control.Audit().Mark()
@@ -311,13 +319,9 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 	})
 	t.Run("labelled as another resource's, it is not that one's", func(t *testing.T) {
 		s := newSystem(t)
-		s.source("hub", dockerConfig("registry.one"))
-		namespace := s.namespace(nil, nil)
-		s.coordinator()
-		r := s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
+		r, was := s.delivered()
+		namespace := was.Namespace
 		other := s.resource(s.prefix+"-other", spec(`  namespaces: {names: [`+s.namespace(nil, nil)+`]}`))
-		was := s.has(namespace, "registry.one")
-		s.ready(s.prefix, 1)
 		s.ready(other.Name, 1)
 		mark := control.Audit().Mark()
 		_, err := s.core.CoreV1().Secrets(namespace).Patch(t.Context(), secretName, types.MergePatchType,
@@ -337,12 +341,8 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 	})
 	t.Run("deleted, it comes back", func(t *testing.T) {
 		s := newSystem(t)
-		s.source("hub", dockerConfig("registry.one"))
-		namespace := s.namespace(nil, nil)
-		s.coordinator()
-		r := s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
-		was := s.has(namespace, "registry.one")
-		s.ready(s.prefix, 1)
+		r, was := s.delivered()
+		namespace := was.Namespace
 		mark := control.Audit().Mark()
 		require.NoError(t, s.core.CoreV1().Secrets(namespace).Delete(t.Context(), secretName, metav1.DeleteOptions{}))
 		s.eventually(func() error {
@@ -358,12 +358,8 @@ registry: {credentials: [{name: hub, namespace: registry-access}]}`)
 	})
 	t.Run("its label removed, it is the user's", func(t *testing.T) {
 		s := newSystem(t)
-		s.source("hub", dockerConfig("registry.one"))
-		namespace := s.namespace(nil, nil)
-		s.coordinator()
-		s.resource(s.prefix, spec(`  namespaces: {names: [`+namespace+`]}`))
-		s.has(namespace, "registry.one")
-		s.ready(s.prefix, 1)
+		_, was := s.delivered()
+		namespace := was.Namespace
 		mark := control.Audit().Mark()
 		users, err := s.core.CoreV1().Secrets(namespace).Patch(t.Context(), secretName, types.MergePatchType,
 			[]byte(`{"metadata":{"labels":{"`+impsync.LabelOwnerUID+`":null}}}`), metav1.PatchOptions{FieldManager: "a-user"})
