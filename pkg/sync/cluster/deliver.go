@@ -861,8 +861,8 @@ func (t *term) confirmReleased(ctx context.Context, key targetKey, d decision) e
 }
 
 // confirmUnselected asks for the namespace and returns errBehind where a namespace rule
-// selects it, of these resources or, nil, of any: its labels may have changed, and an agent have seen that, before our watch
-// brings them.
+// selects it, of these resources or, nil, of any: its labels may have changed, and an agent
+// have seen that, before our watch brings them.
 func (t *term) confirmUnselected(ctx context.Context, key targetKey, only []types.UID) error {
 	list, err := t.metadata.Resource(impsync.NamespaceResource).List(ctx, metav1.ListOptions{
 		FieldSelector: metav1.ObjectNameField + "=" + key.namespace,
