@@ -103,11 +103,9 @@ type decision struct {
 	existing impsync.Existing
 	// repairs is set where the write undoes what somebody else did.
 	repairs *repairs
-	// confirm: nothing demands it as far as is known; ask the reports before deleting.
-	confirm bool
-	// byMetadata: the namespace's labels or annotations could have it selected; ask for them
-	// before deleting.
-	byMetadata bool
+	// byMetadata: the namespace's labels or annotations could have it selected, and byPods:
+	// so could the Pods in it; before deleting, the one is read, or the reports are.
+	byMetadata, byPods bool
 	// holders are live resources whose owner references an update takes off, as they do not
 	// claim the Secret any more.
 	holders []impsync.ResourceRef
@@ -212,15 +210,17 @@ func (t *term) namespaceChanged(key types.NamespacedName, old, current *namespac
 
 // reconcileTarget brings one target Secret to where it should be.
 func (t *term) reconcileTarget(ctx context.Context, key targetKey) error {
+	var before verb
 	for range 5 {
 		d := t.decide(key, time.Now())
 		if d.verb == leave {
 			return nil
 		}
 		err := t.perform(ctx, key, d)
-		if err == nil && d.repairs != nil {
+		if err == nil && d.repairs != nil && before != create { // else it completes that
 			t.repaired(key, d)
 		}
+		before = d.verb
 		if errors.Is(err, errAgain) || err != nil && impsync.ClassifyError(err) == impsync.ClassConflict {
 			err = t.reread(ctx, key, d)
 		}
@@ -249,6 +249,15 @@ func (t *term) noteDelivered(key targetKey, d decision) {
 	if o, ok := d.winner.outcomes[key.namespace]; ok && o.kind == failed {
 		o.counter = d.target.Revision().Counter
 		d.winner.outcomes[key.namespace] = o
+	}
+}
+
+// contentDelivered notes that a Secret is as it should be but for references of others.
+func (t *term) contentDelivered(key targetKey, d decision) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.byTarget[key.name][d.winner.ref.UID] == d.winner {
+		t.note(d.winner, key.namespace, &outcome{kind: delivered, counter: d.target.Revision().Counter})
 	}
 }
 
@@ -509,7 +518,8 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 	// of one whether it still does, it is looked at again once it is. One with Pod rules may
 	// want it without a word yet: as in the case of its own Secrets where it was left to it,
 	// else where the reports have told so.
-	d := decision{verb: remove, existing: existing, byMetadata: t.byMetadata(key)}
+	d := decision{verb: remove, existing: existing}
+	d.byMetadata, d.byPods = t.rules(key)
 	left, lingers := t.leftBehind(existing), false
 	var holder *claim
 	for _, uid := range existing.OwnerReferences {
@@ -523,7 +533,6 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 		holder = c
 		if c.hasPodRules() {
 			demand := demandKey{key.namespace, uid}
-			d.confirm = true
 			lingers = (left || t.demand.states[demand] != nil) && t.lingers(demand, key.name, now) || lingers
 		}
 	}
@@ -535,7 +544,6 @@ func (t *term) decidePrune(existing impsync.Existing, exists bool, key targetKey
 			return decision{}
 		}
 		d.winner = c
-		d.confirm = d.confirm || c.hasPodRules() || t.demand.states[demandKey{key.namespace, owner}] != nil
 		return d
 	}
 	if left && holder != nil {
@@ -587,28 +595,34 @@ func (t *term) awaited(key targetKey, meta namespaceMeta, owner types.UID) bool 
 	return false
 }
 
-// byMetadata reports whether labels or annotations of the namespace could have a claim of
-// the Secret select it. The caller holds the lock.
-func (t *term) byMetadata(key targetKey) bool {
+// rules reports by what else than its name the namespace could be selected by a claim of the
+// Secret. The caller holds the lock.
+func (t *term) rules(key targetKey) (byMetadata, byPods bool) {
 	if t.config.Excluded.Matches(key.namespace) {
-		return false
+		return false, false
 	}
 	for _, claimant := range t.byTarget[key.name] {
-		if claimant.selection.HasMetadataRules() {
-			return true
-		}
+		byMetadata = byMetadata || claimant.selection.HasMetadataRules()
+		byPods = byPods || claimant.selection.HasPodRules()
 	}
-	return false
+	return byMetadata, byPods
 }
 
-// leftBehind reports whether a Secret is that of a dead resource which another had claimed
-// as well: to that one it was to be handed over. The garbage collector takes the dead one's
-// owner reference off, so that it is known to be dead. The caller holds the lock.
+// leftBehind reports whether a Secret is that of a dead resource which another may have
+// claimed as well: to that one it was to be handed over. Where nobody has told of the end,
+// the garbage collector has, which takes the dead one's owner reference off. The caller
+// holds the lock.
 func (t *term) leftBehind(existing impsync.Existing) bool {
 	owner := existing.OwnerUID
 	orphaned, gone := t.gone[owner]
-	return existing.Ownership == impsync.Ours && existing.Revision.UID == owner && t.byUID[owner] == nil &&
-		!orphaned && (gone || !existing.HasOwner(owner))
+	switch {
+	case existing.Ownership != impsync.Ours || orphaned:
+		return false
+	case gone && existing.HasOwner(owner):
+		return true
+	default:
+		return existing.Revision.UID == owner && t.byUID[owner] == nil && (gone || !existing.HasOwner(owner))
+	}
 }
 
 // holders returns the live resources whose owner references are on a Secret that they do
@@ -706,9 +720,6 @@ func (t *term) perform(work context.Context, key targetKey, d decision) error {
 			return err
 		}
 		t.know(key, m)
-		if len(d.owners) > 1 {
-			return errAgain
-		}
 	case update:
 		owners, unsure := t.references(ctx, key, d)
 		if owners == nil {
@@ -721,13 +732,13 @@ func (t *term) perform(work context.Context, key targetKey, d decision) error {
 				return err
 			}
 			if expectation.Met(d.existing) {
+				t.contentDelivered(key, d)
 				return unsure
 			}
 			target = expectation.Target()
-			var cancel context.CancelFunc // what was asked for may have used the time up
-			ctx, cancel = context.WithTimeout(work, impsync.CallTimeout)
-			defer cancel()
 		}
+		ctx, cancel := context.WithTimeout(work, impsync.CallTimeout) // the questions may have used the time up
+		defer cancel()
 		m, err := t.secrets.Update(ctx, key.namespace, target, d.existing)
 		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
 		if err != nil {
@@ -764,13 +775,16 @@ func (t *term) perform(work context.Context, key targetKey, d decision) error {
 					return err
 				}
 			}
-			if d.confirm {
-				if err := t.rereadReports(ctx); err != nil {
+			if d.byPods {
+				if err := t.confirmUndemanded(ctx, key.namespace); err != nil {
 					return err
 				}
 			}
-			if again := t.decide(key, time.Now()); again.verb != remove {
+			switch again := t.decide(key, time.Now()); {
+			case again.verb != remove:
 				return nil
+			case again.byMetadata && !d.byMetadata || again.byPods && !d.byPods:
+				return errAgain // there is more to ask by now
 			}
 		}
 		err := t.secrets.Delete(ctx, key.namespace, key.name, d.existing.UID, d.existing.ResourceVersion)
@@ -813,7 +827,11 @@ func (t *term) confirmResources(ctx context.Context) error {
 func (t *term) references(ctx context.Context, key targetKey, d decision) (owners []impsync.ResourceRef, unsure error) {
 	for _, owner := range d.owners {
 		if !d.existing.HasOwner(owner.UID) {
-			if err := t.confirmAlive(ctx, owner); err != nil && owner == d.winner.ref {
+			err := ctx.Err() // one after the other could take long
+			if err == nil {
+				err = t.confirmAlive(ctx, owner)
+			}
+			if err != nil && owner == d.winner.ref {
 				return nil, err
 			} else if err != nil {
 				unsure = fmt.Errorf("%w: %w", errBehind, err)
@@ -841,7 +859,8 @@ func (t *term) confirmReleased(ctx context.Context, key targetKey, d decision) e
 		holders = append(holders, holder.UID)
 	}
 	t.mu.Lock()
-	unsettled, byMetadata := slices.ContainsFunc(holders, t.unsettled), t.byMetadata(key)
+	unsettled := slices.ContainsFunc(holders, t.unsettled)
+	byMetadata, byPods := t.rules(key)
 	t.mu.Unlock()
 	if unsettled {
 		return errBehind
@@ -851,6 +870,11 @@ func (t *term) confirmReleased(ctx context.Context, key targetKey, d decision) e
 	}
 	if byMetadata {
 		if err := t.confirmUnselected(ctx, key, holders); err != nil {
+			return err
+		}
+	}
+	if byPods {
+		if err := t.confirmUndemanded(ctx, key.namespace); err != nil {
 			return err
 		}
 	}

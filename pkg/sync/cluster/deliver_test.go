@@ -3,7 +3,10 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -166,7 +169,7 @@ func TestDecideAboutASelectedNamespace(t *testing.T) {
 					require.Same(t, c, d.winner)
 					require.Equal(t, []impsync.ResourceRef{c.ref}, d.owners)
 					require.Equal(t, uint64(7), d.target.Revision().Counter)
-					require.False(t, d.confirm)
+					require.False(t, d.byPods)
 					if m != nil {
 						require.Equal(t, impsync.ExistingOf(m), d.existing)
 					}
@@ -321,7 +324,7 @@ func TestDecideAboutANamespaceThatNothingSelects(t *testing.T) {
 					require.Same(t, c, d.winner)
 					require.Equal(t, impsync.ExistingOf(m), d.existing)
 					require.Empty(t, d.owners)
-					require.False(t, d.confirm, "a namespace rule is no matter of the nodes")
+					require.False(t, d.byPods, "a namespace rule is no matter of the nodes")
 				}
 			})
 		})
@@ -332,7 +335,6 @@ func TestDecideAboutANamespaceThatNothingSelects(t *testing.T) {
 // deleted on its word.
 func TestASecretThatNothingSelectsIsDeletedOnlyOnTheWordOfTheResourcesAsTheyAre(t *testing.T) {
 	t.Parallel()
-	const deletion = "DELETE /api/v1/namespaces/n/secrets/pull"
 	changed := func(r *v1alpha1.ImagePullSecret) *v1alpha1.ImagePullSecret {
 		r = r.DeepCopy()
 		r.Generation++
@@ -480,7 +482,7 @@ func TestDecideAboutSecretsOfADeletedResource(t *testing.T) {
 				d := s.decides()
 				require.Equal(t, test.verb, d.verb, d.verb)
 				require.Nil(t, d.winner)
-				require.False(t, d.confirm)
+				require.False(t, d.byPods)
 				if test.state == "unknown" {
 					require.Equal(t, []string{"uid-a"}, s.queuedResources(), "it is asked for")
 				} else {
@@ -574,7 +576,7 @@ func TestEachThatHoldsASecretAndHasPodRulesIsAsked(t *testing.T) {
 				s.now = s.now.Add(s.config.DemandLinger)
 				d := s.decides()
 				require.Equal(t, remove, d.verb)
-				require.True(t, d.confirm)
+				require.True(t, d.byPods)
 				for i, target := range targets { // as the reports may tell
 					uid := types.UID([]string{"uid-b", "uid-c"}[i])
 					if state := s.demand.states[demandKey{"n", uid}]; target == byPods {
@@ -597,12 +599,72 @@ func TestWhoHoldsTheSecretOfALiveOwnerIsAskedForItsPods(t *testing.T) {
 		s.claimOf(t, resource(t, "b", 1, byPods), 3)
 		d := s.decides()
 		require.Equal(t, remove, d.verb)
-		require.True(t, d.confirm)
+		require.True(t, d.byPods)
 		s.demand.states[demandKey{"n", "uid-b"}] = &demandState{ended: s.now} // as the reports have told
 		require.Equal(t, leave, s.decides().verb)
 		s.now = s.now.Add(s.config.DemandLinger)
 		require.Equal(t, remove, s.decides().verb)
 	})
+}
+
+// Whoever has Pod rules may want it without a word yet: the reports are asked.
+func TestNothingIsDeletedThatAReportDemands(t *testing.T) {
+	t.Parallel()
+	for name, prepare := range map[string]func(t *testing.T, s *situation, a, b *v1alpha1.ImagePullSecret){
+		"its owner does not want it, and another claims the name": func(t *testing.T, s *situation, a, b *v1alpha1.ImagePullSecret) {
+			s.there(s.claimOf(t, a, 7))
+			s.claimOf(t, b, 3)
+		},
+		"its owner waits for it to go, and another holds it": func(t *testing.T, s *situation, a, b *v1alpha1.ImagePullSecret) {
+			s.there(s.claimOf(t, a, 7))
+			s.refersTo("uid-a", "uid-b")
+			s.claimOf(t, b, 3)
+			was := a.DeepCopy()
+			now := metav1.Now()
+			a.DeletionTimestamp, a.Finalizers = &now, []string{metav1.FinalizerDeleteDependents}
+			s.resourceChanged(types.NamespacedName{Name: "a"}, &was, &a)
+			delete(s.claims, a.UID)
+			delete(s.byTarget["pull"], a.UID)
+		},
+		"its owner is gone, its revision edited, and another holds it": func(t *testing.T, s *situation, a, b *v1alpha1.ImagePullSecret) {
+			s.there(s.claimOf(t, a, 7), func(m *metav1.PartialObjectMetadata) { delete(m.Annotations, impsync.AnnotationRevision) })
+			s.refersTo("uid-a", "uid-b")
+			s.claimOf(t, b, 3)
+			s.resourceChanged(types.NamespacedName{Name: "a"}, &a, nil)
+			delete(s.claims, a.UID)
+			delete(s.byTarget["pull"], a.UID)
+			s.server().resources = []*v1alpha1.ImagePullSecret{b}
+		},
+		"Pod rules come into force while the others are asked": func(t *testing.T, s *situation, a, b *v1alpha1.ImagePullSecret) {
+			s.there(s.claimOf(t, a, 7))
+			s.refersTo("uid-a", "uid-b")
+			s.claimOf(t, resource(t, "b", 1, byNone), 3)
+			b.Generation++
+			s.server().before = func(*http.Request) {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				s.claimOf(t, b, 4)
+			}
+			s.server().answers[readOfSecret] = asAnswer(applied(t, "n", s.claims["uid-a"].rendered.Target))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				a, b := resource(t, "a", 0, byNone), resource(t, "b", 1, byPods)
+				s.server().resources = []*v1alpha1.ImagePullSecret{a, b}
+				s.server().answers = map[string]any{listOfReports: reports(t, "uid-b")}
+				prepare(t, s, a, b)
+				for range 2 {
+					_ = s.reconcileTarget(t.Context(), s.key)
+					require.NotContains(t, s.server().asked(), deletion)
+					<-time.After(s.config.DemandLinger)
+				}
+				s.server().answers[listOfReports] = reports(t)
+				_ = s.reconcileTarget(t.Context(), s.key)
+				require.Contains(t, s.server().asked(), deletion, "nobody demands it")
+			})
+		})
+	}
 }
 
 // A spec that cannot be used leaves everything as it is, also where the last good one does
@@ -701,7 +763,7 @@ func TestASecretOfADeadResourceLingersForAnotherOne(t *testing.T) {
 		d := s.decides()
 		require.Equal(t, remove, d.verb, d.verb)
 		require.Same(t, other, d.winner)
-		require.True(t, d.confirm, "the reports are asked")
+		require.True(t, d.byPods, "the reports are asked")
 	})
 }
 
@@ -791,10 +853,7 @@ func TestOfTwoResourcesThatClaimOneTargetTheOlderWins(t *testing.T) {
 // collected, nor may one lose it that still wants it.
 func TestReferencesOfOthersAreChangedOnlyOnTheirWord(t *testing.T) {
 	t.Parallel()
-	const (
-		write = "PATCH /api/v1/namespaces/n/secrets/pull"
-		other = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/b"
-	)
+	const other = listOfResources + "/b"
 	gone := apierrors.NewNotFound(v1alpha1.Resource.GroupResource(), "b")
 	changed := func(r *v1alpha1.ImagePullSecret) *v1alpha1.ImagePullSecret {
 		r = r.DeepCopy()
@@ -846,7 +905,6 @@ func TestReferencesOfOthersAreChangedOnlyOnTheirWord(t *testing.T) {
 				}
 				expectation, err := winner.expect(present)
 				require.NoError(t, err)
-				b.TypeMeta = metav1.TypeMeta{APIVersion: v1alpha1.GroupVersion.String(), Kind: v1alpha1.Kind.Kind}
 				s.server().resources = []*v1alpha1.ImagePullSecret{a, b}
 				s.server().answers = map[string]any{other: b}
 				test.edit(s, b, second)
@@ -857,7 +915,7 @@ func TestReferencesOfOthersAreChangedOnlyOnTheirWord(t *testing.T) {
 				require.Equal(t, impsync.ClassRetry, impsync.ClassifyError(err))
 				if test.sure {
 					require.ErrorIs(t, err, syscall.ECONNREFUSED)
-					require.Equal(t, then(write), s.server().asked())
+					require.Equal(t, then(writeOfSecret), s.server().asked())
 					require.Equal(t, "failed at 7", s.outcomes()["a in n"])
 					s.decides()
 					require.Equal(t, "failed at 7", s.outcomes()["a in n"], "until it is done")
@@ -871,7 +929,7 @@ func TestReferencesOfOthersAreChangedOnlyOnTheirWord(t *testing.T) {
 				at("6")(older)
 				s.mirrorOf(t, "pull", older)
 				require.ErrorIs(t, s.reconcileTarget(t.Context(), s.key), syscall.ECONNREFUSED)
-				require.Equal(t, then(write), s.server().asked(), "the rotation does not wait")
+				require.Equal(t, then(writeOfSecret), s.server().asked(), "the rotation does not wait")
 			})
 		})
 	}
@@ -884,11 +942,136 @@ func TestADeletedSecretComesBackWhoeverElseClaimedIt(t *testing.T) {
 		winner := s.claimOf(t, a, 7)
 		s.claimOf(t, resource(t, "b", 1, byName), 3)
 		winner.outcomes["n"] = outcome{kind: delivered, counter: 7}
-		const own = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a"
-		a.TypeMeta = metav1.TypeMeta{APIVersion: v1alpha1.GroupVersion.String(), Kind: v1alpha1.Kind.Kind}
+		const own = listOfResources + "/a"
 		s.server().answers = map[string]any{own: a}
 		require.ErrorIs(t, s.reconcileTarget(t.Context(), s.key), syscall.ECONNREFUSED)
-		require.Equal(t, []string{own, "PATCH /api/v1/namespaces/n/secrets/pull"}, s.server().asked())
+		require.Equal(t, []string{own, writeOfSecret}, s.server().asked())
+	})
+}
+
+// A repair of it is one, also where it is completed with the reference of another.
+func TestWhoeverDeletesTheSecretAgainAndAgainHasItBackEverMoreSeldom(t *testing.T) {
+	t.Parallel()
+	for name, claimants := range map[string][]string{"one claims it": {"a"}, "two do": {"a", "b"}, "the second is gone, as nobody has told yet": {"a", "gone"}} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				s.server().answers = map[string]any{}
+				var refs []impsync.ResourceRef
+				for i, name := range claimants {
+					r := resource(t, name, i, byName)
+					refs = append(refs, s.claimOf(t, r, 7).ref)
+					if name != "gone" {
+						s.server().answers[listOfResources+"/"+name] = r
+					} else {
+						s.server().answers[listOfResources+"/"+name] = apierrors.NewNotFound(v1alpha1.Resource.GroupResource(), name)
+					}
+				}
+				winner := s.claims["uid-a"]
+				winner.outcomes["n"] = outcome{kind: delivered, counter: 7}
+				creates := 0
+				s.server().before = func(request *http.Request) {
+					if request.Method != http.MethodPatch {
+						return
+					}
+					body, err := io.ReadAll(request.Body)
+					require.NoError(t, err)
+					if !strings.Contains(string(body), "secret-in-n") {
+						creates++
+						s.server().answers[writeOfSecret] = asAnswer(applied(t, "n", winner.rendered.Target))
+						return
+					}
+					both, err := winner.expect(refs)
+					require.NoError(t, err)
+					s.server().answers[writeOfSecret] = asAnswer(applied(t, "n", both.Target()))
+				}
+				for range 10 {
+					s.mirrorOf(t, "pull") // it is deleted at once
+					_ = s.reconcileTarget(t.Context(), s.key)
+				}
+				require.Equal(t, promptRepairs, creates)
+				require.Equal(t, "failed at 7", s.outcomes()["a in n"])
+			})
+		})
+	}
+}
+
+// The answers take long, but they come.
+func TestQuestionsThatTakeLongDoNotHoldBackARotation(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		others    string
+		reference bool
+		each      time.Duration
+	}{
+		"references to put on":   {byName, false, 6 * time.Second},
+		"references to take off": {byOtherLabel, true, 4 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				winner := s.claimOf(t, resource(t, "a", 0, byName), 7)
+				winner.outcomes["n"] = outcome{kind: delivered, counter: 6}
+				resources := []*v1alpha1.ImagePullSecret{s.byUID["uid-a"]}
+				all := []impsync.ResourceRef{winner.ref}
+				s.server().answers = map[string]any{
+					"GET /api/v1/namespaces": metav1.PartialObjectMetadataList{TypeMeta: metav1.TypeMeta{APIVersion: "meta.k8s.io/v1", Kind: "PartialObjectMetadataList"}},
+				}
+				for i, name := range []string{"b", "c", "d"} {
+					r := resource(t, name, i+1, test.others)
+					all = append(all, s.claimOf(t, r, 3).ref)
+					resources = append(resources, r)
+					s.server().answers[listOfResources+"/"+name] = r
+				}
+				before, after := []impsync.ResourceRef{winner.ref}, all
+				if test.reference {
+					before, after = after, before
+				}
+				expectation, err := winner.expect(before)
+				require.NoError(t, err)
+				older := applied(t, "n", expectation.Target())
+				at("6")(older)
+				s.mirrorOf(t, "pull", older)
+				expectation, err = winner.expect(after)
+				require.NoError(t, err)
+				s.server().resources = resources
+				s.server().answers[writeOfSecret] = asAnswer(applied(t, "n", expectation.Target()))
+				s.server().before = func(request *http.Request) {
+					select {
+					case <-time.After(test.each):
+					case <-request.Context().Done():
+					}
+				}
+				begun := time.Now()
+				_ = s.reconcileTarget(t.Context(), s.key)
+				require.Contains(t, s.server().asked(), writeOfSecret)
+				require.Equal(t, "delivered at 7", s.outcomes()["a in n"])
+				require.Less(t, time.Since(begun), 4*impsync.CallTimeout)
+			})
+		})
+	}
+}
+
+// Where it was not for a while, and the reference of another cannot be settled.
+func TestContentThatIsRightAgainIsDelivered(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		winner, second := s.claimOf(t, resource(t, "a", 0, byName), 7), s.claimOf(t, resource(t, "b", 1, byNone), 3)
+		second.problem = errors.New("x")
+		winner.outcomes["n"] = outcome{kind: delivered, counter: 7}
+		expectation, err := winner.expect([]impsync.ResourceRef{winner.ref, second.ref})
+		require.NoError(t, err)
+		right := applied(t, "n", expectation.Target())
+		older := right.DeepCopy()
+		at("6")(older)
+		s.mirrorOf(t, "pull", older)
+		require.ErrorIs(t, s.reconcileTarget(t.Context(), s.key), syscall.ECONNREFUSED)
+		require.Equal(t, "failed at 7", s.outcomes()["a in n"])
+		require.Equal(t, []string{writeOfSecret}, s.server().asked())
+
+		s.server().answers = map[string]any{writeOfSecret: asAnswer(right)}
+		for range 3 {
+			require.ErrorIs(t, s.reconcileTarget(t.Context(), s.key), errBehind)
+			require.Equal(t, "delivered at 7", s.outcomes()["a in n"])
+		}
+		require.Equal(t, []string{writeOfSecret}, s.server().asked(), "once")
 	})
 }
 
@@ -964,7 +1147,7 @@ func TestASecretStaysAMinuteAfterTheLastPod(t *testing.T) {
 		require.Equal(t, []string{"n/pull"}, s.queuedTargets(), "it comes back by itself")
 		d := s.decide(s.key, time.Now())
 		require.Equal(t, remove, d.verb)
-		require.True(t, d.confirm, "the reports are read again first")
+		require.True(t, d.byPods, "the reports are read again first")
 
 		// A Pod that comes in the last moment keeps it.
 		s.demand.replace("n3", demandsFrom("n uid-a"), time.Now(), always)
@@ -990,7 +1173,7 @@ func TestASecretThatANodeHasJustCreatedStaysUntilItsReportMustBeThere(t *testing
 		require.Zero(t, s.decide(s.key, s.now.Add(DefaultDemandLinger-1)))
 		d := s.decide(s.key, s.now.Add(DefaultDemandLinger))
 		require.Equal(t, remove, d.verb)
-		require.True(t, d.confirm)
+		require.True(t, d.byPods)
 		s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
 		require.Zero(t, s.decide(s.key, s.now.Add(DefaultDemandLinger)))
 	})
@@ -1076,7 +1259,7 @@ func TestWhatANamespaceRuleDeselectsGoesAtOnce(t *testing.T) {
 		s.namespace("n", nil)
 		d := s.decides()
 		require.Equal(t, remove, d.verb)
-		require.True(t, d.confirm, "a Pod may have come that the watch has not told of")
+		require.True(t, d.byPods, "a Pod may have come that the watch has not told of")
 
 		// Not where Pods select it as well.
 		s.demand.replace("n1", demandsFrom("n uid-a"), s.now, always)
@@ -1272,10 +1455,10 @@ func TestWhatIsAskedBeforeADeletion(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct{ target, next string }{
 		"what a label could select that is not here yet: does it?": {byOtherLabel, "GET /api/v1/namespaces"},
-		"after the last Pod: is it the last?":                      {byPods, "GET /api/v1/namespaces/imps-system/configmaps"},
+		"after the last Pod: is it the last?":                      {byPods, listOfReports},
 		"where only Pods could want it: does one?": {
 			`{secret: {name: pull, labels: {l: "1"}}, namespaces: {names: [m]}, namespacesWithPods: {labels: [{}]}}`,
-			"GET /api/v1/namespaces/imps-system/configmaps",
+			listOfReports,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -167,41 +167,42 @@ func (t *term) newestReadable() int {
 // nodeOfReport is the node that a report is named after.
 func nodeOfReport(name string) string { return strings.TrimPrefix(name, impsync.ReportName("")) }
 
-// rereadReports reads all reports anew. Before a Secret is deleted since nothing demands it
-// any more, this makes sure of it.
-func (t *term) rereadReports(ctx context.Context) error {
-	// The read is shared, so that it must not end with the one who asked first.
-	_, err := t.readReports.do(func() (none struct{}, err error) {
+// confirmUndemanded reads all reports and returns errBehind where one of them demands
+// something in the namespace that no watch has told of.
+func (t *term) confirmUndemanded(ctx context.Context, namespace string) error {
+	reported, err := t.readReports.do(func() (map[string][]types.UID, error) {
+		// The read is shared, so that it must not end with the one who asked first.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), impsync.CallTimeout)
 		defer cancel()
 		list, err := t.core.ConfigMaps(t.config.Namespace).List(ctx, metav1.ListOptions{
 			LabelSelector: impsync.LabelComponent + "=" + impsync.ComponentReport,
 		})
 		if err != nil {
-			return none, passing("read the node reports", err)
+			return nil, passing("read the node reports", err)
 		}
-		t.mu.Lock()
-		defer t.mu.Unlock()
+		demanded := map[string][]types.UID{}
 		for i := range list.Items {
-			// Only what it adds counts: what it lacks, the watch will tell.
 			r := reportOf(&list.Items[i])
 			if r.err != nil {
-				continue
+				continue // the last readable one counts, which a watch has told of
 			}
 			for _, key := range r.demand {
-				switch state := t.demand.states[key]; {
-				case state == nil && t.claims[key.uid] != nil:
-					// Where the watch never tells of it, it ends all the same.
-					t.demand.states[key] = &demandState{ended: time.Now()}
-					t.targetQueue.AddAfter(targetKey{key.namespace, t.claims[key.uid].rendered.Target.Name()}, t.config.DemandLinger)
-				case state != nil && state.nodes == 0:
-					state.ended = time.Now()
-				}
+				demanded[key.namespace] = append(demanded[key.namespace], key.uid)
 			}
 		}
-		return none, nil
+		return demanded, nil
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, uid := range reported[namespace] {
+		if state := t.demand.states[demandKey{namespace, uid}]; state == nil || state.nodes == 0 {
+			return errBehind
+		}
+	}
+	return nil
 }
 
 func (t *term) nodeChanged(key types.NamespacedName, old, current *struct{}) {

@@ -394,24 +394,41 @@ func TestResourcesAreLookedAtWhereTheVersionMayChange(t *testing.T) {
 	})
 }
 
-// What the reports tell before the watch does ends as any demand does.
-func TestADemandThatOnlyTheReportsHaveToldOfEnds(t *testing.T) {
-	inBubble(t, func(t *testing.T, s *situation) {
-		s.claimOf(t, resource(t, "b", 1, byPods), 3)
-		data, err := impsync.Report{Node: "n1", FormatVersions: impsync.FormatVersions(), Demand: map[string][]types.UID{"n": {"uid-b"}}}.Encode()
-		require.NoError(t, err)
-		report := corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: impsync.ReportName("n1")}, Data: data}
-		s.server().answers = map[string]any{
-			"GET /api/v1/namespaces/imps-system/configmaps": corev1.ConfigMapList{
-				TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "ConfigMapList"}, Items: []corev1.ConfigMap{report},
-			},
-		}
-		require.NoError(t, s.rereadReports(t.Context()))
-		require.Len(t, s.demand.states, 1)
-		<-time.After(s.config.DemandLinger)
-		synctest.Wait()
-		require.Equal(t, []string{"n/pull"}, s.queuedTargets())
-		s.decides()
-		require.Empty(t, s.demand.states, "there is no Secret that it could keep")
-	})
+// What nothing demands any more is deleted only where no report says otherwise.
+func TestTheReportsAreAskedForWhatNoWatchHasTold(t *testing.T) {
+	t.Parallel()
+	unreadable := func(list corev1.ConfigMapList) corev1.ConfigMapList {
+		list.Items[0].Name = impsync.ReportName("n2")
+		return list
+	}
+	for name, test := range map[string]struct {
+		watched   []string
+		reports   func(t *testing.T) corev1.ConfigMapList
+		namespace string
+		behind    bool
+	}{
+		"a demand that no watch has told of":  {nil, func(t *testing.T) corev1.ConfigMapList { return reports(t, "uid-b") }, "n", true},
+		"one that has ended, as a watch says": {[]string{"n uid-b", ""}, func(t *testing.T) corev1.ConfigMapList { return reports(t, "uid-b") }, "n", true},
+		"one that is known":                   {[]string{"n uid-b"}, func(t *testing.T) corev1.ConfigMapList { return reports(t, "uid-b") }, "n", false},
+		"one of two that is known":            {[]string{"n uid-b"}, func(t *testing.T) corev1.ConfigMapList { return reports(t, "uid-a", "uid-b") }, "n", true},
+		"one in another namespace":            {nil, func(t *testing.T) corev1.ConfigMapList { return reports(t, "uid-b") }, "m", false},
+		"none":                                {nil, func(t *testing.T) corev1.ConfigMapList { return reports(t) }, "n", false},
+		"a report that cannot be read":        {nil, func(t *testing.T) corev1.ConfigMapList { return unreadable(reports(t, "uid-b")) }, "n", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				for _, demands := range test.watched {
+					s.demand.replace("n1", demandsFrom(demands), s.now, always)
+				}
+				require.Error(t, s.confirmUndemanded(t.Context(), test.namespace), "nobody answers")
+				s.server().answers = map[string]any{listOfReports: test.reports(t)}
+				err := s.confirmUndemanded(t.Context(), test.namespace)
+				if test.behind {
+					require.ErrorIs(t, err, errBehind)
+				} else {
+					require.NoError(t, err)
+				}
+			})
+		})
+	}
 }

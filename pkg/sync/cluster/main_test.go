@@ -69,9 +69,17 @@ type noServer struct {
 	resources []*v1alpha1.ImagePullSecret
 	// answers are what it answers to single requests, a Status or an object.
 	answers map[string]any
+	// before is called before a request is answered.
+	before func(*http.Request)
 }
 
 func (n *noServer) RoundTrip(request *http.Request) (*http.Response, error) {
+	if n.before != nil {
+		n.before(request)
+		if err := request.Context().Err(); err != nil {
+			return nil, err
+		}
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.requests = append(n.requests, request.Method+" "+request.URL.Path)
@@ -104,7 +112,32 @@ func (n *noServer) RoundTrip(request *http.Request) (*http.Response, error) {
 	return answer(int(status.Code), status)
 }
 
-const listOfResources = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets"
+// Requests.
+const (
+	listOfResources = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets"
+	listOfReports   = "GET /api/v1/namespaces/imps-system/configmaps"
+	writeOfSecret   = "PATCH /api/v1/namespaces/n/secrets/pull"
+	readOfSecret    = "GET /api/v1/namespaces/n/secrets/pull"
+	deletion        = "DELETE /api/v1/namespaces/n/secrets/pull"
+)
+
+// asAnswer is what a server says that is asked for this Secret.
+func asAnswer(m *metav1.PartialObjectMetadata) *metav1.PartialObjectMetadata {
+	m = m.DeepCopy()
+	m.TypeMeta, m.ResourceVersion = metav1.TypeMeta{APIVersion: "meta.k8s.io/v1", Kind: "PartialObjectMetadata"}, "101"
+	return m
+}
+
+// reports are those of one node, which demands a Secret of these resources in the namespace n.
+func reports(t *testing.T, uids ...types.UID) corev1.ConfigMapList {
+	t.Helper()
+	data, err := impsync.Report{Node: "n1", FormatVersions: impsync.FormatVersions(), Demand: map[string][]types.UID{"n": uids}}.Encode()
+	require.NoError(t, err)
+	return corev1.ConfigMapList{
+		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "ConfigMapList"},
+		Items:    []corev1.ConfigMap{{ObjectMeta: metav1.ObjectMeta{Name: impsync.ReportName("n1")}, Data: data}},
+	}
+}
 
 // asked returns the requests since the last call.
 func (n *noServer) asked() []string {
@@ -175,10 +208,13 @@ var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 // is "uid-" and its name.
 func resource(t *testing.T, name string, minutes int, target string) *v1alpha1.ImagePullSecret {
 	t.Helper()
-	r := &v1alpha1.ImagePullSecret{ObjectMeta: metav1.ObjectMeta{
-		Name: name, UID: types.UID("uid-" + name), Generation: 1,
-		CreationTimestamp: metav1.NewTime(noon.Add(time.Duration(minutes) * time.Minute)),
-	}}
+	r := &v1alpha1.ImagePullSecret{
+		TypeMeta: metav1.TypeMeta{APIVersion: v1alpha1.GroupVersion.String(), Kind: v1alpha1.Kind.Kind},
+		ObjectMeta: metav1.ObjectMeta{
+			Name: name, UID: types.UID("uid-" + name), Generation: 1,
+			CreationTimestamp: metav1.NewTime(noon.Add(time.Duration(minutes) * time.Minute)),
+		},
+	}
 	require.NoError(t, yaml.UnmarshalStrict([]byte(target), &r.Spec.Target))
 	return r
 }

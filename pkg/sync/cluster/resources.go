@@ -171,6 +171,12 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		published, _ := t.published(uid)
 		c = newClaim(r, published)
 		t.putClaim(c)
+		// What it has rendered before may be in force from now on.
+		t.expectOutcomes(c)
+		t.enqueueTargetsOf(c)
+		if name := c.rendered.Target.Name(); name != "" {
+			t.enqueueNamespaces(name)
+		}
 	}
 	known := c.state
 	t.mu.Unlock()

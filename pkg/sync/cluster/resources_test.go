@@ -526,3 +526,48 @@ func TestSensitiveInputsOfARenderArePrintedNowhere(t *testing.T) {
 	c.state = &state{lastGood: resolved.lastGood}
 	requireSilent(t, strings.Join([]string{sprintAll(resolved), sprintAll(c), sprintAll(*c.state), sprintAll(renderedSecret{rendered: c.rendered}), sprintAll(decision{target: c.rendered.Target})}, "\n"))
 }
+
+// It was rendered in an earlier term, but the first list of this one did not have it yet.
+func TestAResourceThatIsHeardOfLateIsLookedAtEverywhere(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		target string
+		verb   verb
+	}{
+		"it selects the namespace":                       {byName, create},
+		"it holds a Secret that nobody wants any more":   {byNone, remove},
+		"its Secret is there, and it wants it no longer": {byNone, remove},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				was := newRendering(t, s)
+				was.resource = resource(t, "a", 0, test.target)
+				was.resolved = resolve(nil, nil)
+				rendered := was.remembers(7)
+				raw, err := encodeState(*was.known)
+				require.NoError(t, err)
+				delete(s.claims, "uid-a")
+				delete(s.byUID, "uid-a")
+				switch name {
+				case "it selects the namespace":
+				case "it holds a Secret that nobody wants any more":
+					s.there(s.claimOf(t, resource(t, "o", 1, byNone), 3))
+					s.refersTo("uid-a", "uid-o")
+				default:
+					s.mirrorOf(t, "pull", applied(t, "n", rendered.Target))
+				}
+				name := impsync.StateName("uid-a")
+				s.server().answers = map[string]any{"GET /api/v1/namespaces/imps-system/secrets/" + name: corev1.Secret{
+					TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
+					ObjectMeta: metav1.ObjectMeta{Name: name, UID: "s", ResourceVersion: "5"},
+					Data:       map[string][]byte{stateKey: raw},
+				}}
+				s.queuedTargets()
+				s.resourceChanged(types.NamespacedName{Name: "a"}, nil, &was.resource)
+				require.NoError(t, s.reconcileResource(t.Context(), "uid-a"))
+				require.Equal(t, []string{"n/pull"}, s.queuedTargets())
+				require.Equal(t, test.verb, s.decides().verb)
+			})
+		})
+	}
+}

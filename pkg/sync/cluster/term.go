@@ -54,7 +54,7 @@ type term struct {
 	// reads shares live reads between those who need the same one.
 	reads         singleflight.Group
 	readResources *sharedRead[[]metav1.PartialObjectMetadata]
-	readReports   *sharedRead[struct{}]
+	readReports   *sharedRead[map[string][]types.UID]
 
 	mu sync.Mutex
 	// started: the first lists are in, and changes are worth a look.
@@ -116,7 +116,7 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 		Coordinator:   c,
 		recorder:      recorder,
 		readResources: newSharedRead[[]metav1.PartialObjectMetadata](),
-		readReports:   newSharedRead[struct{}](),
+		readReports:   newSharedRead[map[string][]types.UID](),
 		byUID:         map[types.UID]*v1alpha1.ImagePullSecret{},
 		gone:          map[types.UID]bool{},
 		claims:        map[types.UID]*claim{},
