@@ -17,8 +17,8 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// Secrets reads and writes target Secrets. It asks for metadata only, and decodes nothing
-// else: no data of a Secret is ever held.
+// Secrets reads and writes target Secrets, each call within CallTimeout. It asks for metadata
+// only, and decodes nothing else: no data of a Secret is ever held.
 type Secrets struct {
 	metadata metadata.Interface
 	rest     rest.Interface
@@ -42,7 +42,7 @@ func NewSecrets(config *rest.Config, connection *http.Client) (*Secrets, error) 
 
 // Get returns the metadata of a Secret.
 func (s *Secrets) Get(ctx context.Context, namespace, name string) (*metav1.PartialObjectMetadata, error) {
-	return s.metadata.Resource(SecretResource).Namespace(namespace).Get(ctx, name, metav1.GetOptions{})
+	return s.get(ctx, namespace, name, metav1.GetOptions{})
 }
 
 // Absent is a resourceVersion that no object has. An apply at it creates where nothing is,
@@ -80,6 +80,8 @@ func (s *Secrets) Delete(ctx context.Context, namespace, name string, uid types.
 	if err != nil {
 		return fmt.Errorf("encode the preconditions of a delete: %w", err)
 	}
+	ctx, cancel := context.WithTimeout(ctx, CallTimeout)
+	defer cancel()
 	return s.rest.Delete().Namespace(namespace).Resource(SecretResource.Resource).Name(name).
 		SetHeader("Content-Type", runtime.ContentTypeJSON).MaxRetries(0).Body(options).Do(ctx).Error()
 }
@@ -87,7 +89,13 @@ func (s *Secrets) Delete(ctx context.Context, namespace, name string, uid types.
 // Peek returns the metadata of a Secret as it was a moment ago: from the API server's
 // memory, where Get asks etcd.
 func (s *Secrets) Peek(ctx context.Context, namespace, name string) (*metav1.PartialObjectMetadata, error) {
-	return s.metadata.Resource(SecretResource).Namespace(namespace).Get(ctx, name, metav1.GetOptions{ResourceVersion: "0"})
+	return s.get(ctx, namespace, name, metav1.GetOptions{ResourceVersion: "0"})
+}
+
+func (s *Secrets) get(ctx context.Context, namespace, name string, options metav1.GetOptions) (*metav1.PartialObjectMetadata, error) {
+	ctx, cancel := context.WithTimeout(ctx, CallTimeout)
+	defer cancel()
+	return s.metadata.Resource(SecretResource).Namespace(namespace).Get(ctx, name, options)
 }
 
 // ListWatch lists and watches the Secrets of one name in all namespaces, which is what
@@ -111,6 +119,8 @@ func (s *Secrets) patch(patchType types.PatchType, namespace, name string) *rest
 }
 
 func send(ctx context.Context, request *rest.Request) (*metav1.PartialObjectMetadata, error) {
+	ctx, cancel := context.WithTimeout(ctx, CallTimeout)
+	defer cancel()
 	object, err := request.Do(ctx).Get()
 	if err != nil {
 		return nil, err

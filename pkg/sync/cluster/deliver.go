@@ -210,17 +210,15 @@ func (t *term) namespaceChanged(key types.NamespacedName, old, current *namespac
 
 // reconcileTarget brings one target Secret to where it should be.
 func (t *term) reconcileTarget(ctx context.Context, key targetKey) error {
-	var before verb
 	for range 5 {
 		d := t.decide(key, time.Now())
 		if d.verb == leave {
 			return nil
 		}
 		err := t.perform(ctx, key, d)
-		if err == nil && d.repairs != nil && before != create { // else it completes that
+		if err == nil && d.repairs != nil {
 			t.repaired(key, d)
 		}
-		before = d.verb
 		if errors.Is(err, errAgain) || err != nil && impsync.ClassifyError(err) == impsync.ClassConflict {
 			err = t.reread(ctx, key, d)
 		}
@@ -325,9 +323,6 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 		return decision{}
 	case !exists:
 		d.verb = create
-		// Created as a node creates it; where more than one claims it, the next look
-		// adds their owner references.
-		d.target = winner.rendered.Target
 	case existing.Ownership == impsync.Foreign:
 		t.note(winner, key.namespace, &outcome{kind: foreign, message: "a Secret of that name is there that is not imps's, and is left alone"})
 		return decision{}
@@ -355,6 +350,10 @@ func (t *term) judge(key targetKey, now time.Time) decision {
 		}
 		if wait := r.wait(now); wait > 0 {
 			t.targetQueue.AddAfter(key, wait)
+			if content {
+				t.note(winner, key.namespace, &outcome{kind: delivered, counter: counter})
+				return decision{}
+			}
 			t.note(winner, key.namespace, &outcome{
 				kind: failed, counter: counter,
 				message: "somebody changes or deletes the Secret whenever it is repaired; it is repaired ever more seldom, every 5 minutes in the end",
@@ -701,32 +700,16 @@ func (t *term) note(c *claim, namespace string, o *outcome) {
 }
 
 // perform does what was decided. Conflicts come back as errors of their class.
-func (t *term) perform(work context.Context, key targetKey, d decision) error {
-	ctx, cancel := context.WithTimeout(work, impsync.CallTimeout)
-	defer cancel()
+func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 	switch d.verb {
 	case leave:
-	case create:
-		if d.repairs != nil {
-			// It was there: is it the garbage collector that took it, and our watch of the
-			// resource behind?
-			if err := t.confirmAlive(ctx, d.winner.ref); err != nil {
-				return err
-			}
-		}
-		m, err := t.secrets.Create(ctx, key.namespace, d.target)
-		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
-		if err != nil {
-			return err
-		}
-		t.know(key, m)
-	case update:
+	case create, update:
 		owners, unsure := t.references(ctx, key, d)
 		if owners == nil {
 			return unsure
 		}
 		target := d.target
-		if unsure != nil { // the rest of the change does not wait
+		if unsure != nil { // the rest does not wait
 			expectation, err := expectationOf(target, owners)
 			if err != nil {
 				return err
@@ -737,9 +720,7 @@ func (t *term) perform(work context.Context, key targetKey, d decision) error {
 			}
 			target = expectation.Target()
 		}
-		ctx, cancel := context.WithTimeout(work, impsync.CallTimeout) // the questions may have used the time up
-		defer cancel()
-		m, err := t.secrets.Update(ctx, key.namespace, target, d.existing)
+		m, err := t.write(ctx, key.namespace, target, d)
 		t.config.Metrics.SecretWrite(duty, d.verb.String(), err)
 		if err != nil {
 			return err
@@ -797,6 +778,13 @@ func (t *term) perform(work context.Context, key targetKey, d decision) error {
 	return nil
 }
 
+func (t *term) write(ctx context.Context, namespace string, target impsync.Target, d decision) (*metav1.PartialObjectMetadata, error) {
+	if d.verb == create {
+		return t.secrets.Create(ctx, namespace, target)
+	}
+	return t.secrets.Update(ctx, namespace, target, d.existing)
+}
+
 // confirmResources asks for all resources and returns errBehind where they are not those
 // that our watch has told of: it may be behind the one that told of the namespace.
 func (t *term) confirmResources(ctx context.Context) error {
@@ -818,16 +806,20 @@ func (t *term) confirmResources(ctx context.Context) error {
 	return nil
 }
 
-// references returns whose owner references an update puts on a Secret: those that claim
-// it, but of others than the winner only ones that are known to live, and until it is known
-// that they do not claim it any more, the live ones whose reference is on it. Where they are
-// not just those that claim it, the error is errBehind with the reason; where the winner
-// itself may not be alive, there are none. While a resource is being orphaned, or is gone, a
+// references returns whose owner references a write puts on a Secret: those that claim it,
+// but of others than the winner only ones that are known to live, and until it is known that
+// they do not claim it any more, the live ones whose reference is on it. Where they are not
+// just those that claim it, the error is errBehind with the reason; where the winner itself
+// may not be alive, there are none. While a resource is being orphaned, or is gone, a
 // reference to it that is put back would get the Secret collected.
 func (t *term) references(ctx context.Context, key targetKey, d decision) (owners []impsync.ResourceRef, unsure error) {
+	asking, cancel := context.WithTimeout(ctx, impsync.CallTimeout) // one after the other could take long
+	defer cancel()
 	for _, owner := range d.owners {
-		if !d.existing.HasOwner(owner.UID) {
-			err := ctx.Err() // one after the other could take long
+		// Of what was there and is gone, the garbage collector may know why.
+		first := d.verb == create && d.repairs == nil && owner == d.winner.ref
+		if !first && !d.existing.HasOwner(owner.UID) {
+			err := asking.Err()
 			if err == nil {
 				err = t.confirmAlive(ctx, owner)
 			}
@@ -888,6 +880,8 @@ func (t *term) confirmReleased(ctx context.Context, key targetKey, d decision) e
 // selects it, of these resources or, nil, of any: its labels may have changed, and an agent
 // have seen that, before our watch brings them.
 func (t *term) confirmUnselected(ctx context.Context, key targetKey, only []types.UID) error {
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
+	defer cancel()
 	list, err := t.metadata.Resource(impsync.NamespaceResource).List(ctx, metav1.ListOptions{
 		FieldSelector: metav1.ObjectNameField + "=" + key.namespace,
 	})

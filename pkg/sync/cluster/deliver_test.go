@@ -818,12 +818,13 @@ func TestOfTwoResourcesThatClaimOneTargetTheOlderWins(t *testing.T) {
 				d := s.decides()
 				require.Equal(t, create, d.verb)
 				require.Same(t, winner, d.winner)
-				require.Equal(t, winner.rendered.Target.Body("", ""), d.target.Body("", ""), "created as a node would create it")
+				require.Equal(t, winner.rendered.Target.Revision(), d.target.Revision())
+				require.ElementsMatch(t, []types.UID{winner.ref.UID, loser.ref.UID}, d.target.Owners())
 				require.Equal(t, []impsync.ResourceRef{winner.ref, loser.ref}, d.owners)
 				require.Equal(t, map[string]string{winner.ref.Name + " in n": "pending at 0", loser.ref.Name + " in n": "conflicted at 0"}, s.outcomes())
 				require.Contains(t, loser.outcomes["n"].message, "the older ImagePullSecret "+winner.ref.Name+" claims the same Secret")
 
-				// Once it is there, it gets an owner reference to both.
+				// What a node has created gets an owner reference to both.
 				s.there(winner)
 				d = s.decides()
 				require.Equal(t, update, d.verb)
@@ -942,54 +943,125 @@ func TestADeletedSecretComesBackWhoeverElseClaimedIt(t *testing.T) {
 		winner := s.claimOf(t, a, 7)
 		s.claimOf(t, resource(t, "b", 1, byName), 3)
 		winner.outcomes["n"] = outcome{kind: delivered, counter: 7}
-		const own = listOfResources + "/a"
+		const own, other = listOfResources + "/a", listOfResources + "/b"
 		s.server().answers = map[string]any{own: a}
 		require.ErrorIs(t, s.reconcileTarget(t.Context(), s.key), syscall.ECONNREFUSED)
-		require.Equal(t, []string{own, writeOfSecret}, s.server().asked())
+		require.Equal(t, []string{own, other, writeOfSecret}, s.server().asked())
 	})
 }
 
-// A repair of it is one, also where it is completed with the reference of another.
+// answers has the server create and update the Secret as it is told to.
+func answers(t *testing.T, s *situation, names ...string) (winner *claim, creates, updates *int) {
+	t.Helper()
+	s.server().answers = map[string]any{}
+	var refs []impsync.ResourceRef
+	for i, name := range names {
+		r := resource(t, name, i, byName)
+		refs = append(refs, s.claimOf(t, r, 7).ref)
+		s.server().answers[listOfResources+"/"+name] = r
+	}
+	winner = s.claims[refs[0].UID]
+	winner.outcomes["n"] = outcome{kind: delivered, counter: 7}
+	creates, updates = new(int), new(int)
+	s.server().before = func(request *http.Request) {
+		if request.Method != http.MethodPatch {
+			return
+		}
+		body, err := io.ReadAll(request.Body)
+		require.NoError(t, err)
+		if strings.Contains(string(body), "secret-in-n") {
+			*updates++
+		} else {
+			*creates++
+		}
+		owners := slices.DeleteFunc(slices.Clone(refs), func(ref impsync.ResourceRef) bool { return !strings.Contains(string(body), `"uid":"`+string(ref.UID)) })
+		expectation, err := winner.expect(owners)
+		require.NoError(t, err)
+		written := asAnswer(applied(t, "n", expectation.Target()))
+		s.server().answers[writeOfSecret], s.server().answers[readOfSecret] = written, written
+	}
+	return winner, creates, updates
+}
+
+// Each time it comes back with one write, as long as it is prompt.
 func TestWhoeverDeletesTheSecretAgainAndAgainHasItBackEverMoreSeldom(t *testing.T) {
 	t.Parallel()
-	for name, claimants := range map[string][]string{"one claims it": {"a"}, "two do": {"a", "b"}, "the second is gone, as nobody has told yet": {"a", "gone"}} {
+	gone := apierrors.NewNotFound(v1alpha1.Resource.GroupResource(), "b")
+	for name, test := range map[string]struct {
+		claimants []string
+		gone      bool
+		owners    []types.UID
+	}{
+		"one claims it": {[]string{"a"}, false, []types.UID{"uid-a"}},
+		"two do":        {[]string{"a", "b"}, false, []types.UID{"uid-a", "uid-b"}},
+		"the second is gone, as nobody has told yet": {[]string{"a", "b"}, true, []types.UID{"uid-a"}},
+	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
-				s.server().answers = map[string]any{}
-				var refs []impsync.ResourceRef
-				for i, name := range claimants {
-					r := resource(t, name, i, byName)
-					refs = append(refs, s.claimOf(t, r, 7).ref)
-					if name != "gone" {
-						s.server().answers[listOfResources+"/"+name] = r
-					} else {
-						s.server().answers[listOfResources+"/"+name] = apierrors.NewNotFound(v1alpha1.Resource.GroupResource(), name)
-					}
+				_, creates, updates := answers(t, s, test.claimants...)
+				if test.gone {
+					s.server().answers[listOfResources+"/b"] = gone
 				}
-				winner := s.claims["uid-a"]
-				winner.outcomes["n"] = outcome{kind: delivered, counter: 7}
-				creates := 0
-				s.server().before = func(request *http.Request) {
-					if request.Method != http.MethodPatch {
-						return
-					}
-					body, err := io.ReadAll(request.Body)
-					require.NoError(t, err)
-					if !strings.Contains(string(body), "secret-in-n") {
-						creates++
-						s.server().answers[writeOfSecret] = asAnswer(applied(t, "n", winner.rendered.Target))
-						return
-					}
-					both, err := winner.expect(refs)
-					require.NoError(t, err)
-					s.server().answers[writeOfSecret] = asAnswer(applied(t, "n", both.Target()))
+				for range promptRepairs {
+					s.mirrorOf(t, "pull")
+					_ = s.reconcileTarget(t.Context(), s.key)
+					secret, _ := s.targets["pull"].Get(types.NamespacedName{Namespace: "n", Name: "pull"})
+					require.Equal(t, test.owners, secret.OwnerReferences)
+					_ = s.reconcileTarget(t.Context(), s.key)
+					require.Equal(t, "delivered at 7", s.outcomes()["a in n"])
 				}
 				for range 10 {
 					s.mirrorOf(t, "pull") // it is deleted at once
 					_ = s.reconcileTarget(t.Context(), s.key)
 				}
-				require.Equal(t, promptRepairs, creates)
+				require.Equal(t, promptRepairs, *creates)
+				require.Zero(t, *updates)
 				require.Equal(t, "failed at 7", s.outcomes()["a in n"])
+			})
+		})
+	}
+}
+
+// The watch tells of the deletion first.
+func TestWhoeverReplacesTheSecretAgainAndAgainHasItRepairedEverMoreSeldom(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		winner, creates, updates := answers(t, s, "a")
+		theirs := applied(t, "n", winner.rendered.Target)
+		at("6")(theirs)
+		write := s.server().before
+		s.server().before = func(request *http.Request) {
+			write(request)
+			if *creates > 0 { // there is theirs
+				*creates = 0
+				s.server().answers[writeOfSecret] = apierrors.NewConflict(impsync.SecretResource.GroupResource(), "pull", nil)
+				s.server().answers[readOfSecret] = asAnswer(theirs)
+			}
+		}
+		for range 10 {
+			s.mirrorOf(t, "pull")
+			_ = s.reconcileTarget(t.Context(), s.key)
+		}
+		require.Equal(t, promptRepairs, *updates)
+	})
+}
+
+// The same, and what is asked before a deletion.
+func TestQuestionsThatTakeLongDoNotHoldBackADeletion(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		owner string
+		each  time.Duration
+	}{"resources and reports": {byNone, 6 * time.Second}, "the namespace as well": {byOtherLabel, 4 * time.Second}} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				a, b := resource(t, "a", 0, test.owner), resource(t, "b", 1, byPods)
+				s.there(s.claimOf(t, a, 7))
+				s.claimOf(t, b, 3)
+				s.server().resources = []*v1alpha1.ImagePullSecret{a, b}
+				s.server().answers = map[string]any{listOfNamespaces: noNamespaces, listOfReports: reports(t)}
+				s.server().slow(test.each)
+				_ = s.reconcileTarget(t.Context(), s.key)
+				require.Contains(t, s.server().asked(), deletion)
 			})
 		})
 	}
@@ -1012,9 +1084,7 @@ func TestQuestionsThatTakeLongDoNotHoldBackARotation(t *testing.T) {
 				winner.outcomes["n"] = outcome{kind: delivered, counter: 6}
 				resources := []*v1alpha1.ImagePullSecret{s.byUID["uid-a"]}
 				all := []impsync.ResourceRef{winner.ref}
-				s.server().answers = map[string]any{
-					"GET /api/v1/namespaces": metav1.PartialObjectMetadataList{TypeMeta: metav1.TypeMeta{APIVersion: "meta.k8s.io/v1", Kind: "PartialObjectMetadataList"}},
-				}
+				s.server().answers = map[string]any{listOfNamespaces: noNamespaces}
 				for i, name := range []string{"b", "c", "d"} {
 					r := resource(t, name, i+1, test.others)
 					all = append(all, s.claimOf(t, r, 3).ref)
@@ -1034,12 +1104,7 @@ func TestQuestionsThatTakeLongDoNotHoldBackARotation(t *testing.T) {
 				require.NoError(t, err)
 				s.server().resources = resources
 				s.server().answers[writeOfSecret] = asAnswer(applied(t, "n", expectation.Target()))
-				s.server().before = func(request *http.Request) {
-					select {
-					case <-time.After(test.each):
-					case <-request.Context().Done():
-					}
-				}
+				s.server().slow(test.each)
 				begun := time.Now()
 				_ = s.reconcileTarget(t.Context(), s.key)
 				require.Contains(t, s.server().asked(), writeOfSecret)
@@ -1454,7 +1519,7 @@ func TestWithoutAServerNothingIsWrittenBlindly(t *testing.T) {
 func TestWhatIsAskedBeforeADeletion(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct{ target, next string }{
-		"what a label could select that is not here yet: does it?": {byOtherLabel, "GET /api/v1/namespaces"},
+		"what a label could select that is not here yet: does it?": {byOtherLabel, listOfNamespaces},
 		"after the last Pod: is it the last?":                      {byPods, listOfReports},
 		"where only Pods could want it: does one?": {
 			`{secret: {name: pull, labels: {l: "1"}}, namespaces: {names: [m]}, namespacesWithPods: {labels: [{}]}}`,

@@ -112,14 +112,27 @@ func (n *noServer) RoundTrip(request *http.Request) (*http.Response, error) {
 	return answer(int(status.Code), status)
 }
 
+// slow has every answer take so long.
+func (n *noServer) slow(each time.Duration) {
+	n.before = func(request *http.Request) {
+		select {
+		case <-time.After(each):
+		case <-request.Context().Done():
+		}
+	}
+}
+
 // Requests.
 const (
-	listOfResources = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets"
-	listOfReports   = "GET /api/v1/namespaces/imps-system/configmaps"
-	writeOfSecret   = "PATCH /api/v1/namespaces/n/secrets/pull"
-	readOfSecret    = "GET /api/v1/namespaces/n/secrets/pull"
-	deletion        = "DELETE /api/v1/namespaces/n/secrets/pull"
+	listOfNamespaces = "GET /api/v1/namespaces"
+	listOfResources  = "GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets"
+	listOfReports    = "GET /api/v1/namespaces/imps-system/configmaps"
+	writeOfSecret    = "PATCH /api/v1/namespaces/n/secrets/pull"
+	readOfSecret     = "GET /api/v1/namespaces/n/secrets/pull"
+	deletion         = "DELETE /api/v1/namespaces/n/secrets/pull"
 )
+
+var noNamespaces = metav1.PartialObjectMetadataList{TypeMeta: metav1.TypeMeta{APIVersion: "meta.k8s.io/v1", Kind: "PartialObjectMetadataList"}}
 
 // asAnswer is what a server says that is asked for this Secret.
 func asAnswer(m *metav1.PartialObjectMetadata) *metav1.PartialObjectMetadata {

@@ -595,8 +595,6 @@ func (s *selecting) selects(name string, meta *namespaceMeta, pods []pod) bool {
 // ensure creates the Secret where nothing is. Whatever is there is left as it is: only the
 // coordinator changes Secrets. It reports whether it created one.
 func (a *Agent) ensure(ctx context.Context, namespace string, s *selecting) (created bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
-	defer cancel()
 	name := s.Target.Name()
 	m, err := a.secrets.Peek(ctx, namespace, name)
 	if apierrors.IsNotFound(err) {
