@@ -1,0 +1,355 @@
+package ecr
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/imps-node/imps/pkg/dockerconfig"
+)
+
+// Username is that of every token (https://docs.aws.amazon.com/AmazonECR/latest/userguide/registry_auth.html).
+const Username = "AWS"
+
+const (
+	// MaxLife bounds what is believed of an expiry: AWS documents 12 hours.
+	MaxLife = 12 * time.Hour
+	// callTimeout bounds one call, with all that the SDK does for it.
+	callTimeout = 10 * time.Second
+	// maxRate is how many calls a second are begun, of all grants together.
+	maxRate = 10
+	// Failures that may pass are tried again after a time between minBackoff and a bound that doubles up to maxBackoff.
+	minBackoff, maxBackoff = time.Second, 5 * time.Minute
+	// waitBackoff is for failures that somebody has to mend.
+	waitBackoff = 15 * time.Minute
+	// maxSleep bounds every wait: timers stand still while a machine is suspended, tokens do not.
+	maxSleep = time.Minute
+	// tolerableSkew is by how much the clock may differ from AWS's without a word. AWS refuses signatures that are
+	// off by more (https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-troubleshooting.html).
+	tolerableSkew = 5 * time.Minute
+)
+
+// Token is what opens the registries of a scope.
+type Token struct {
+	Password dockerconfig.Sensitive
+	// Issued and Expires are by the clock of AWS.
+	Issued, Expires time.Time
+}
+
+// IsZero reports whether there is none.
+func (t Token) IsZero() bool { return t.Password.IsZero() }
+
+// margin is how long before its expiry a token is not used any more: a pull takes its time.
+func (t Token) margin() time.Duration { return min(time.Minute, t.Expires.Sub(t.Issued)/10) }
+
+// Reply is what AWS answered.
+type Reply struct {
+	// Password is empty where there is nothing to be had, and that is well: ECR Public without permission.
+	Password dockerconfig.Sensitive
+	Expires  time.Time
+	// Date is AWS's time, zero where the reply had none.
+	Date time.Time
+}
+
+// Minter asks AWS for a token. Errors that somebody has to mend are ErrWait.
+type Minter interface {
+	Mint(ctx context.Context, grant Grant) (Reply, error)
+}
+
+// ErrWait: another try helps only once somebody has changed something, here or at AWS.
+var ErrWait = errors.New("somebody has to mend this")
+
+// Clock tells the time.
+type Clock interface {
+	// Now is what everybody believes the time to be. It may jump.
+	Now() time.Time
+	// Boot is the time since some moment, suspension included. It never jumps.
+	Boot() time.Duration
+}
+
+// Status is what is known of a grant.
+type Status struct {
+	// Token is zero where there is none that may be used.
+	Token Token
+	// Err says why the last call failed, nil where it did not.
+	Err error
+	// Since is when the calls began to fail, by the clock of AWS.
+	Since time.Time
+	// Pending: nothing is known yet.
+	Pending bool
+	// None: there is nothing to be had, and that is well.
+	None bool
+}
+
+// Config of Tokens. Everything is required.
+type Config struct {
+	Minter Minter
+	Clock  Clock
+	Log    *slog.Logger
+	// Changed is called with the ID of a grant whose status has changed, from several goroutines.
+	Changed func(id string)
+}
+
+// Tokens keeps the tokens of all grants that somebody uses: one call for each, whoever they are, and again at half of
+// its life. It is safe for concurrent use.
+type Tokens struct {
+	config  Config
+	limiter *rate.Limiter
+
+	mu      sync.Mutex
+	run     context.Context // nil before Run
+	running sync.WaitGroup
+	grants  map[string]*grantState
+	// base is the time of AWS at boot time baseAt.
+	base   time.Time
+	baseAt time.Duration
+	// skew is what the clock lacked to it at the last reply.
+	skew time.Duration
+}
+
+// grantState is a grant that somebody uses. The lock of Tokens guards all but the first two.
+type grantState struct {
+	grant Grant
+	id    string
+
+	users map[string]struct{}
+	stop  context.CancelFunc // nil where it does not run
+	wake  chan struct{}
+
+	token    Token
+	none     bool
+	err      error
+	since    time.Time
+	failures int
+	answered bool
+	// next is when the next call is due.
+	next time.Time
+}
+
+// New returns Tokens that know of no grant yet.
+func New(config Config) *Tokens {
+	return &Tokens{
+		config: config, limiter: rate.NewLimiter(maxRate, 1), grants: map[string]*grantState{},
+		base: config.Clock.Now(), baseAt: config.Clock.Boot(),
+	}
+}
+
+// Run keeps tokens until the context ends.
+func (t *Tokens) Run(ctx context.Context) {
+	t.mu.Lock()
+	t.run = ctx
+	for _, g := range t.grants {
+		t.start(g)
+	}
+	t.mu.Unlock()
+	<-ctx.Done()
+	t.running.Wait()
+}
+
+// now is the time at AWS, as far as is known: its own at the last reply, and what has passed since. The clock of the
+// machine counts only until the first reply. The caller holds the lock.
+func (t *Tokens) now() time.Time { return t.base.Add(t.config.Clock.Boot() - t.baseAt) }
+
+// Use says which grants a user wants from now on, instead of those from before. A grant that nobody wants any more
+// is forgotten.
+func (t *Tokens) Use(user string, grants ...Grant) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	wanted := map[string]struct{}{}
+	for _, grant := range grants {
+		id := grant.ID()
+		wanted[id] = struct{}{}
+		g := t.grants[id]
+		if g == nil {
+			g = &grantState{grant: grant, id: id, users: map[string]struct{}{}, wake: make(chan struct{}, 1), next: t.now()}
+			t.grants[id] = g
+			t.start(g)
+		}
+		g.users[user] = struct{}{}
+	}
+	for id, g := range t.grants {
+		if _, ok := wanted[id]; ok {
+			continue
+		}
+		delete(g.users, user)
+		if len(g.users) == 0 {
+			if g.stop != nil {
+				g.stop()
+			}
+			delete(t.grants, id)
+		}
+	}
+}
+
+// Offer hands in a token from before, of a grant that is used. It counts where none is known that lives longer.
+func (t *Tokens) Offer(grant Grant, token Token) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	g := t.grants[grant.ID()]
+	life := token.Expires.Sub(token.Issued)
+	if g == nil || token.IsZero() || life <= 0 || life > MaxLife || !token.Expires.After(g.token.Expires) {
+		return
+	}
+	if token.Issued.After(t.now()) {
+		// The time is at least that, whatever our clock says.
+		t.base, t.baseAt = token.Issued, t.config.Clock.Boot()
+	}
+	g.token, g.answered, g.none = token, true, false
+	if g.failures == 0 {
+		g.next = renewal(token)
+	}
+	select {
+	case g.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Status returns what is known of a grant; of one that nobody uses, that it is pending.
+func (t *Tokens) Status(grant Grant) Status {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	g := t.grants[grant.ID()]
+	if g == nil {
+		return Status{Pending: true}
+	}
+	s := Status{Err: g.err, Since: g.since, Pending: !g.answered, None: g.none}
+	if t.usable(g.token) {
+		s.Token = g.token
+	}
+	return s
+}
+
+// usable reports whether a token may still be used. The caller holds the lock.
+func (t *Tokens) usable(token Token) bool {
+	return !token.IsZero() && t.now().Before(token.Expires.Add(-token.margin()))
+}
+
+// renewal is when a token is to be renewed: at half of its life, and a little later, each at another moment.
+func renewal(token Token) time.Time {
+	life := token.Expires.Sub(token.Issued)
+	return token.Issued.Add(life/2 + rand.N(life/20+1))
+}
+
+// start runs the schedule of a grant. The caller holds the lock.
+func (t *Tokens) start(g *grantState) {
+	if t.run == nil || g.stop != nil {
+		return
+	}
+	var ctx context.Context
+	ctx, g.stop = context.WithCancel(t.run)
+	t.running.Go(func() { t.keep(ctx, g) })
+}
+
+// keep calls AWS whenever it is time, and tells when a token has come to its end.
+func (t *Tokens) keep(ctx context.Context, g *grantState) {
+	for ctx.Err() == nil {
+		t.mu.Lock()
+		now := t.now()
+		wait := g.next.Sub(now)
+		ended := false
+		if !g.token.IsZero() {
+			end := g.token.Expires.Add(-g.token.margin())
+			if ended = !now.Before(end); ended {
+				g.token = Token{}
+			}
+			wait = min(wait, max(end.Sub(now), 0))
+		}
+		t.mu.Unlock()
+		switch {
+		case ended:
+			t.config.Changed(g.id)
+		case wait <= 0:
+			t.call(ctx, g)
+		default:
+			timer := time.NewTimer(min(wait, maxSleep))
+			select {
+			case <-ctx.Done():
+			case <-g.wake:
+			case <-timer.C:
+			}
+			timer.Stop()
+		}
+	}
+}
+
+// call asks AWS once, and notes the answer.
+func (t *Tokens) call(ctx context.Context, g *grantState) {
+	if t.limiter.Wait(ctx) != nil {
+		return
+	}
+	asking, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	asked := t.config.Clock.Boot()
+	reply, err := t.config.Minter.Mint(asking, g.grant)
+	if ctx.Err() != nil {
+		return
+	}
+	t.mu.Lock()
+	t.learn(reply.Date, asked)
+	now := t.now()
+	var token Token
+	if err == nil && !reply.Password.IsZero() {
+		token = Token{Password: reply.Password, Issued: now, Expires: reply.Expires}
+		if token.Expires.Sub(now) > MaxLife {
+			token.Expires = now.Add(MaxLife)
+		}
+		if !token.Expires.After(now) {
+			err = fmt.Errorf("AWS has given a token that has already expired, %s ago", now.Sub(reply.Expires).Round(time.Second))
+		}
+	}
+	g.answered = true
+	if err != nil {
+		err = fmt.Errorf("token for %s as %s: %w", g.grant.Scope, g.grant.Who(), err)
+		if g.failures == 0 {
+			g.since = now
+		}
+		g.err = err
+		g.next = now.Add(backoff(err, g.failures))
+		g.failures++
+	} else {
+		g.err, g.since, g.failures, g.none = nil, time.Time{}, 0, token.IsZero()
+		g.token = token
+		if g.next = now.Add(waitBackoff); !g.none {
+			g.next = renewal(token)
+		}
+	}
+	t.mu.Unlock()
+	t.config.Changed(g.id)
+}
+
+// learn takes over AWS's time from a reply to a call that began at a boot time. The caller holds the lock.
+func (t *Tokens) learn(date time.Time, asked time.Duration) {
+	if date.IsZero() {
+		return
+	}
+	// The reply was written somewhere between the two.
+	boot := t.config.Clock.Boot()
+	t.base, t.baseAt = date, asked+(boot-asked)/2
+	before := t.skew
+	t.skew = date.Sub(t.config.Clock.Now().Add(-(boot - asked) / 2)).Round(time.Second)
+	if off := t.skew.Abs() > tolerableSkew; off != (before.Abs() > tolerableSkew) {
+		if off {
+			t.config.Log.Warn("the clock differs from that of AWS, which is allowed for", "skew", t.skew.String())
+		} else {
+			t.config.Log.Info("the clock is that of AWS again")
+		}
+	}
+}
+
+// backoff is how long to wait after so many failures and this one.
+func backoff(err error, failures int) time.Duration {
+	if errors.Is(err, ErrWait) {
+		return waitBackoff
+	}
+	ceiling := maxBackoff
+	if failures < 9 {
+		ceiling = min(ceiling, 2*minBackoff<<failures)
+	}
+	return minBackoff + rand.N(ceiling-minBackoff)
+}

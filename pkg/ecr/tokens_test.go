@@ -1,0 +1,502 @@
+package ecr
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/imps-node/imps/pkg/dockerconfig"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// world is a bubble with a clock and an AWS of its own.
+type world struct {
+	t     *testing.T
+	begun time.Time
+
+	mu sync.Mutex
+	// jumped is by how much the clock of the machine is off, suspended for how long it slept.
+	jumped, suspended time.Duration
+	// awsOff is by how much the clock of AWS is off.
+	awsOff time.Duration
+	// answer is what AWS answers; by default a new token of 12 hours.
+	answer func(ctx context.Context, grant Grant) (Reply, error)
+	// calls are when AWS was asked, since the world began.
+	calls   []time.Duration
+	seen    int
+	asking  map[string]int
+	most    map[string]int // asked at once
+	changed int
+	log     strings.Builder
+
+	tokens *Tokens
+	stop   func()
+}
+
+func inWorld(t *testing.T, test func(t *testing.T, w *world)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{t: t, begun: time.Now(), asking: map[string]int{}, most: map[string]int{}}
+		w.restart()
+		test(t, w)
+		w.stop()
+		require.NotContains(t, w.logged(), canary)
+	})
+}
+
+func (w *world) Now() time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return time.Now().Add(w.suspended + w.jumped)
+}
+
+func (w *world) Boot() time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return time.Since(w.begun) + w.suspended + time.Hour
+}
+
+// aws is the time at AWS.
+func (w *world) aws() time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return time.Now().Add(w.suspended + w.awsOff)
+}
+
+func (w *world) Mint(ctx context.Context, grant Grant) (Reply, error) {
+	id := grant.ID()
+	w.mu.Lock()
+	w.calls = append(w.calls, time.Since(w.begun)+w.suspended)
+	n := len(w.calls)
+	w.asking[id]++
+	w.most[id] = max(w.most[id], w.asking[id])
+	answer := w.answer
+	w.mu.Unlock()
+	defer func() {
+		w.mu.Lock()
+		w.asking[id]--
+		w.mu.Unlock()
+	}()
+	if answer != nil {
+		return answer(ctx, grant)
+	}
+	return Reply{Password: dockerconfig.NewSensitive(fmt.Sprintf("%s-%d", canary, n)), Expires: w.aws().Add(12 * time.Hour), Date: w.aws()}, nil
+}
+
+// answers sets what AWS answers from now on.
+func (w *world) answers(answer func(ctx context.Context, grant Grant) (Reply, error)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.answer = answer
+}
+
+func (w *world) away(err error) {
+	w.answers(func(context.Context, Grant) (Reply, error) { return Reply{}, err })
+}
+
+// restart begins anew with Tokens that know nothing but what they are told before they run.
+func (w *world) restart(before ...func()) {
+	if w.stop != nil {
+		w.stop()
+	}
+	log := slog.New(slog.NewTextHandler(w, nil))
+	w.tokens = New(Config{Minter: w, Clock: w, Log: log, Changed: func(string) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.changed++
+	}})
+	for _, tell := range before {
+		tell()
+	}
+	ctx, cancel := context.WithCancel(w.t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		w.tokens.Run(ctx)
+	}()
+	w.stop = func() {
+		cancel()
+		<-done
+	}
+}
+
+// after lets time pass, and returns how often AWS was asked since the last time.
+func (w *world) after(d time.Duration) int {
+	<-time.After(d)
+	synctest.Wait()
+	seen := w.seen
+	w.seen = w.count()
+	return w.seen - seen
+}
+
+func (w *world) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.calls)
+}
+
+func (w *world) changes() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.changed
+}
+
+// Write takes what is logged.
+func (w *world) Write(line []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.log.Write(line)
+}
+
+func (w *world) logged() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.log.String()
+}
+
+func (w *world) jump(d time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.jumped += d
+}
+
+func (w *world) suspend(d time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.suspended += d
+}
+
+var mine = Grant{Scope: frankfurt}
+
+func password(s Status) string { return s.Token.Password.Reveal() }
+
+func TestATokenIsRenewedAtHalfOfItsLife(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		require.True(t, w.tokens.Status(mine).Pending)
+		w.tokens.Use("a", mine)
+		require.Equal(t, 1, w.after(0))
+		first := w.tokens.Status(mine)
+		require.NoError(t, first.Err)
+		require.False(t, first.Pending)
+		require.NotEmpty(t, password(first))
+		require.Zero(t, w.after(6*time.Hour-time.Second))
+		require.Equal(t, password(first), password(w.tokens.Status(mine)))
+		require.Equal(t, 1, w.after(37*time.Minute), "half of its life, and up to a twentieth")
+		require.NotEqual(t, password(first), password(w.tokens.Status(mine)))
+		calls := w.after(30 * 24 * time.Hour)
+		require.GreaterOrEqual(t, calls, 30*24/7)
+		require.LessOrEqual(t, calls, 30*24/6)
+	})
+}
+
+func TestOneCallServesAllWhoAskForTheSame(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		for i := range 200 {
+			w.tokens.Use(fmt.Sprint(i), mine, mine)
+		}
+		require.Equal(t, 1, w.after(time.Minute))
+		other := mine
+		other.RoleARN = "arn:aws:iam::210987654321:role/pull"
+		w.tokens.Use("0", mine, other)
+		require.Equal(t, 1, w.after(time.Minute))
+		require.NotEqual(t, password(w.tokens.Status(mine)), password(w.tokens.Status(other)))
+
+		w.tokens.Use("0")
+		require.True(t, w.tokens.Status(other).Pending, "nobody wants it any more")
+		require.NotEmpty(t, password(w.tokens.Status(mine)), "199 others do")
+		for i := range 200 {
+			w.tokens.Use(fmt.Sprint(i))
+		}
+		require.Zero(t, w.after(24*time.Hour))
+	})
+}
+
+func TestGrantsThatAreUsedBeforeItRunsAreServedOnceItDoes(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.restart(func() {
+			w.tokens.Use("a", mine)
+			require.Zero(t, w.after(time.Hour))
+		})
+		require.Equal(t, 1, w.after(time.Second))
+	})
+}
+
+// AWS is away: what is good stays until its end, and the status tells from the first failure on.
+func TestAnOutageOfAWS(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.tokens.Use("a", mine)
+		w.after(5 * time.Hour)
+		token := password(w.tokens.Status(mine))
+		w.away(errors.New("no such host"))
+		w.after(5 * time.Hour)
+		s := w.tokens.Status(mine)
+		require.Equal(t, token, password(s))
+		require.EqualError(t, s.Err, "token for eu-central-1 as ambient: no such host")
+		require.WithinDuration(t, w.aws().Add(-5*time.Hour), s.Since, 2*time.Hour)
+
+		w.after(2*time.Hour - 2*time.Minute)
+		require.Equal(t, token, password(w.tokens.Status(mine)), "a minute before its end")
+		changes := w.changes()
+		w.after(61 * time.Second)
+		require.Empty(t, password(w.tokens.Status(mine)))
+		require.Greater(t, w.changes(), changes, "its end is told")
+		require.Error(t, w.tokens.Status(mine).Err)
+		w.after(time.Hour)
+
+		w.answers(nil)
+		require.Equal(t, 1, w.after(maxBackoff))
+		require.NotEmpty(t, password(w.tokens.Status(mine)))
+		require.NoError(t, w.tokens.Status(mine).Err)
+	})
+}
+
+func TestFailuresThatMayPassAreTriedAgainEverMoreSeldom(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.away(errors.New("throttled"))
+		w.tokens.Use("a", mine)
+		w.after(24 * time.Hour)
+		require.Greater(t, w.count(), 24*12)
+		require.Less(t, w.count(), 24*60)
+		ceiling := time.Duration(0)
+		for i := 1; i < len(w.calls); i++ {
+			ceiling = min(maxBackoff, max(2*minBackoff, 2*ceiling))
+			gap := w.calls[i] - w.calls[i-1]
+			require.GreaterOrEqual(t, gap, minBackoff, i)
+			require.LessOrEqual(t, gap, ceiling+time.Second, i)
+		}
+	})
+}
+
+func TestWhatSomebodyHasToMendIsAskedSeldom(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.away(fmt.Errorf("AccessDenied: %w", ErrWait))
+		w.tokens.Use("a", mine)
+		require.Equal(t, 5, w.after(time.Hour+time.Second))
+		require.ErrorIs(t, w.tokens.Status(mine).Err, ErrWait)
+	})
+}
+
+func TestNothingToBeHadIsNoFailure(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.answers(func(context.Context, Grant) (Reply, error) { return Reply{Date: w.aws()}, nil })
+		w.tokens.Use("a", mine)
+		require.Equal(t, 1, w.after(time.Minute))
+		require.Equal(t, Status{None: true}, w.tokens.Status(mine))
+		require.Equal(t, 1, w.after(15*time.Minute))
+		w.answers(nil)
+		require.Equal(t, 1, w.after(15*time.Minute))
+		require.NotEmpty(t, password(w.tokens.Status(mine)))
+		require.False(t, w.tokens.Status(mine).None)
+	})
+}
+
+// A call that hangs ends after ten seconds, holds up nobody else, and is never made twice at once.
+func TestACallThatHangs(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		other := Grant{Scope: beijing}
+		w.answers(func(ctx context.Context, grant Grant) (Reply, error) {
+			if grant.Region == beijing.Region {
+				return Reply{Password: dockerconfig.NewSensitive("x"), Expires: w.aws().Add(time.Hour)}, nil
+			}
+			<-ctx.Done()
+			return Reply{}, ctx.Err()
+		})
+		w.tokens.Use("a", mine)
+		w.after(time.Second)
+		w.tokens.Use("b", mine, other)
+		w.after(time.Second)
+		require.NotEmpty(t, password(w.tokens.Status(other)))
+		require.True(t, w.tokens.Status(mine).Pending)
+		w.after(8 * time.Second)
+		require.ErrorIs(t, w.tokens.Status(mine).Err, context.DeadlineExceeded)
+		w.after(time.Hour)
+		require.Equal(t, 1, w.most[mine.ID()])
+	})
+}
+
+func TestManyGrantsAtOnceStayUnderTenCallsASecond(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		const many = 5000
+		for i := range many {
+			grant := mine
+			grant.RoleARN = fmt.Sprintf("arn:aws:iam::210987654321:role/%d", i)
+			w.tokens.Use(fmt.Sprint(i), grant)
+		}
+		w.after(many / maxRate * time.Second)
+		require.Equal(t, many, w.count())
+		for i := maxRate; i < len(w.calls); i++ {
+			require.GreaterOrEqual(t, w.calls[i]-w.calls[i-maxRate], time.Second-time.Microsecond)
+		}
+	})
+}
+
+func TestExpiriesThatCannotBe(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		expires func(now time.Time) time.Time
+		err     string
+		life    time.Duration
+	}{
+		"never":             {func(time.Time) time.Time { return time.Time{} }, "already expired", 0},
+		"in the past":       {func(now time.Time) time.Time { return now.Add(-time.Hour) }, "a token that has already expired, 1h0m0s ago", 0},
+		"now":               {func(now time.Time) time.Time { return now }, "already expired", 0},
+		"in a minute":       {func(now time.Time) time.Time { return now.Add(time.Minute) }, "", time.Minute},
+		"in thirteen hours": {func(now time.Time) time.Time { return now.Add(13 * time.Hour) }, "", MaxLife},
+		"in the year 9999":  {func(time.Time) time.Time { return time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC) }, "", MaxLife},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.answers(func(context.Context, Grant) (Reply, error) {
+					return Reply{Password: dockerconfig.NewSensitive("x"), Expires: test.expires(w.aws()), Date: w.aws()}, nil
+				})
+				w.tokens.Use("a", mine)
+				w.after(100 * time.Millisecond)
+				s := w.tokens.Status(mine)
+				if test.err != "" {
+					require.ErrorContains(t, s.Err, test.err)
+					require.True(t, s.Token.IsZero())
+					return
+				}
+				require.NoError(t, s.Err)
+				require.Equal(t, test.life, s.Token.Expires.Sub(s.Token.Issued))
+			})
+		})
+	}
+}
+
+// A lie about an expiry costs nothing that was good.
+func TestABadReplyLosesNothing(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.tokens.Use("a", mine)
+		w.after(time.Hour)
+		token := password(w.tokens.Status(mine))
+		w.answers(func(context.Context, Grant) (Reply, error) {
+			return Reply{Password: dockerconfig.NewSensitive("x"), Expires: w.aws().Add(-time.Hour), Date: w.aws()}, nil
+		})
+		w.after(7 * time.Hour)
+		require.Error(t, w.tokens.Status(mine).Err)
+		require.Equal(t, token, password(w.tokens.Status(mine)))
+	})
+}
+
+// The clock of the machine is off by hours, from the start or from some moment on, and AWS is there or not.
+func TestTheClockOfTheMachineDoesNotMatter(t *testing.T) {
+	t.Parallel()
+	for name, jump := range map[string]time.Duration{"twelve hours ahead": 12 * time.Hour, "twelve hours behind": -12 * time.Hour} {
+		t.Run(name+", at once", func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.jump(jump)
+				w.restart()
+				w.tokens.Use("a", mine)
+				require.Equal(t, 1, w.after(time.Second))
+				s := w.tokens.Status(mine)
+				require.WithinDuration(t, w.aws().Add(12*time.Hour), s.Token.Expires, 2*time.Second)
+				require.Contains(t, w.logged(), "the clock differs from that of AWS")
+				require.Zero(t, w.after(6*time.Hour-time.Minute))
+				require.Equal(t, 1, w.after(time.Hour))
+			})
+		})
+		t.Run(name+", in the middle", func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.tokens.Use("a", mine)
+				w.after(3 * time.Hour)
+				token := password(w.tokens.Status(mine))
+				w.jump(jump)
+				require.Zero(t, w.after(3*time.Hour-time.Minute))
+				require.Equal(t, token, password(w.tokens.Status(mine)))
+				w.away(errors.New("x"))
+				w.after(6*time.Hour - time.Minute)
+				require.Equal(t, token, password(w.tokens.Status(mine)))
+				w.after(2 * time.Minute)
+				require.Empty(t, password(w.tokens.Status(mine)))
+			})
+		})
+		t.Run(name+", and back", func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.jump(jump)
+				w.restart()
+				w.tokens.Use("a", mine)
+				w.after(time.Hour)
+				w.jump(-jump)
+				w.after(7 * time.Hour)
+				require.Contains(t, w.logged(), "the clock is that of AWS again")
+				require.Equal(t, 2, w.count())
+			})
+		})
+		t.Run(name+", and a restart in the middle", func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.tokens.Use("a", mine)
+				w.after(3 * time.Hour)
+				token := w.tokens.Status(mine).Token
+				w.jump(jump)
+				w.restart()
+				w.tokens.Use("a", mine)
+				w.tokens.Offer(mine, token)
+				w.after(time.Second)
+				s := w.tokens.Status(mine)
+				require.False(t, s.Token.IsZero())
+				require.True(t, w.aws().Before(s.Token.Expires))
+				w.after(30 * time.Minute) // whatever the first look was, a reply has set it right
+				require.LessOrEqual(t, w.count(), 2)
+				require.Zero(t, w.after(5*time.Hour-time.Minute)/2)
+			})
+		})
+	}
+}
+
+// Nothing is served that has expired while the machine slept.
+func TestASuspendedMachine(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.tokens.Use("a", mine)
+		w.after(time.Hour)
+		token := password(w.tokens.Status(mine))
+		w.suspend(13 * time.Hour)
+		require.Empty(t, password(w.tokens.Status(mine)), "before any timer has run out")
+		require.Equal(t, 1, w.after(maxSleep))
+		require.NotEmpty(t, password(w.tokens.Status(mine)))
+		require.NotEqual(t, token, password(w.tokens.Status(mine)))
+	})
+}
+
+// A restart, or a new leader, goes on with what there is.
+func TestATokenFromBefore(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		after time.Duration // since it was issued
+		calls int           // at once
+		same  bool
+	}{
+		"with more than half of its life left":     {5 * time.Hour, 0, true},
+		"with less than that":                      {7 * time.Hour, 1, false},
+		"at its end":                               {12*time.Hour - 30*time.Second, 1, false},
+		"after its end":                            {20 * time.Hour, 1, false},
+		"of tomorrow, as the clock has it wrongly": {-24 * time.Hour, 0, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				issued := w.aws().Add(-test.after)
+				w.tokens.Offer(mine, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour)})
+				require.True(t, w.tokens.Status(mine).Pending, "nobody uses it")
+				w.restart(func() {
+					w.tokens.Use("a", mine)
+					w.tokens.Offer(mine, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour)})
+					w.tokens.Offer(mine, Token{Password: dockerconfig.NewSensitive("older"), Issued: issued.Add(-time.Hour), Expires: issued.Add(11 * time.Hour)})
+					w.tokens.Offer(mine, Token{Password: dockerconfig.NewSensitive("nonsense"), Issued: issued, Expires: issued.Add(1200 * time.Hour)})
+				})
+				require.Equal(t, test.calls, w.after(time.Second))
+				require.Equal(t, test.same, password(w.tokens.Status(mine)) == "old")
+			})
+		})
+	}
+}
