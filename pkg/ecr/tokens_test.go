@@ -12,12 +12,10 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"go.uber.org/goleak"
 
 	"github.com/imps-node/imps/pkg/dockerconfig"
+	"github.com/imps-node/imps/test/fakeaws"
 )
-
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // world is a bubble with a clock and an AWS of its own.
 type world struct {
@@ -496,6 +494,63 @@ func TestATokenFromBefore(t *testing.T) {
 				})
 				require.Equal(t, test.calls, w.after(time.Second))
 				require.Equal(t, test.same, password(w.tokens.Status(mine)) == "old")
+			})
+		})
+	}
+}
+
+// The same with all that is between: AWS hangs, for five hours and for thirteen.
+func TestAnOutageOfAWSAsTheSDKSeesIt(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		minter, fake := newAWS(t)
+		fake.Clock = w.aws
+		w.answers(minter.Mint)
+		grant := Grant{frankfurt, customerKeys()}
+		opens := func() bool {
+			s := w.tokens.Status(grant)
+			return fake.Opens(grant.Region, false, Username, s.Token.Password.Reveal())
+		}
+		w.tokens.Use("a", grant)
+		w.after(4 * time.Hour)
+		fake.Faults(func(fakeaws.Call) *fakeaws.Fault { return &fakeaws.Fault{Hang: true} })
+		for range 5 * 60 {
+			w.after(time.Minute)
+			require.True(t, opens())
+		}
+		require.ErrorContains(t, w.tokens.Status(grant).Err, "no answer in time")
+		for range 8 * 60 {
+			w.after(time.Minute)
+			s := w.tokens.Status(grant)
+			require.Equal(t, !s.Token.IsZero(), opens(), "nothing is served that has expired")
+		}
+		require.False(t, opens())
+		fake.Faults(nil)
+		w.after(maxBackoff + callTimeout)
+		require.True(t, opens())
+		require.NoError(t, w.tokens.Status(grant).Err)
+	})
+}
+
+// AWS is where the clock of the machine is not.
+func TestClocksThatDifferAsTheSDKSeesThem(t *testing.T) {
+	t.Parallel()
+	for _, off := range []time.Duration{12 * time.Hour, -12 * time.Hour} {
+		t.Run(off.String(), func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				minter, fake := newAWS(t)
+				w.awsOff = off
+				fake.Clock = w.aws
+				w.answers(minter.Mint)
+				grant := Grant{frankfurt, customerKeys()}
+				w.tokens.Use("a", grant)
+				for range 48 * 12 {
+					w.after(5 * time.Minute)
+					s := w.tokens.Status(grant)
+					require.NoError(t, s.Err)
+					require.True(t, fake.Opens(grant.Region, false, Username, s.Token.Password.Reveal()))
+				}
+				require.LessOrEqual(t, w.count(), 8)
+				require.Len(t, fake.Refused(), 1)
 			})
 		})
 	}
