@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/time/rate"
 
 	"github.com/imps-node/imps/pkg/dockerconfig"
@@ -40,6 +42,8 @@ type Token struct {
 	Password dockerconfig.Sensitive
 	// Issued and Expires are by the clock of AWS.
 	Issued, Expires time.Time
+	// Principal is who the process was that asked for it, where it asked as itself; empty where that is not known.
+	Principal string
 }
 
 // IsZero reports whether there is none.
@@ -57,13 +61,20 @@ type Reply struct {
 	Date time.Time
 }
 
-// Minter asks AWS for a token. Errors that somebody has to mend are ErrWait.
+// Minter asks AWS. Errors that somebody has to mend are ErrWait.
 type Minter interface {
+	// Mint asks for a token.
 	Mint(ctx context.Context, grant Grant) (Reply, error)
+	// Principal asks who the process itself is.
+	Principal(ctx context.Context, region string) (string, error)
 }
 
 // ErrWait: another try helps only once somebody has changed something, here or at AWS.
 var ErrWait = errors.New("somebody has to mend this")
+
+// ErrIdentityChanged: the process is not who it was when it asked for a token. What that one could read, this one may
+// not be able to; so the token stays in use until it expires.
+var ErrIdentityChanged = errors.New("the coordinator's AWS identity has changed")
 
 // Clock tells the time.
 type Clock interface {
@@ -97,10 +108,11 @@ type Config struct {
 }
 
 // Tokens keeps the tokens of all grants that somebody uses: one call for each, whoever they are, and again at half of
-// its life. It is safe for concurrent use.
+// its life. It is safe for concurrent use, and a prometheus.Collector.
 type Tokens struct {
 	config  Config
 	limiter *rate.Limiter
+	mints   *prometheus.CounterVec
 
 	mu      sync.Mutex
 	run     context.Context // nil before Run
@@ -111,6 +123,9 @@ type Tokens struct {
 	baseAt time.Duration
 	// skew is what the clock lacked to it at the last reply.
 	skew time.Duration
+	// principal is who the process itself is, empty before that is known. identify shares the question.
+	principal string
+	identify  singleflight.Group
 }
 
 // grantState is a grant that somebody uses. The lock of Tokens guards all but the first two.
@@ -127,15 +142,19 @@ type grantState struct {
 	err      error
 	since    time.Time
 	failures int
+	// success is when the last call succeeded.
+	success  time.Time
 	answered bool
 	// next is when the next call is due.
 	next time.Time
+	// offered: the token is one from before, and it is not known yet whether the process is still the same.
+	offered bool
 }
 
 // New returns Tokens that know of no grant yet.
 func New(config Config) *Tokens {
 	return &Tokens{
-		config: config, limiter: rate.NewLimiter(maxRate, 1), grants: map[string]*grantState{},
+		config: config, limiter: rate.NewLimiter(maxRate, 1), mints: newMints(), grants: map[string]*grantState{},
 		base: config.Clock.Now(), baseAt: config.Clock.Boot(),
 	}
 }
@@ -203,6 +222,9 @@ func (t *Tokens) Offer(grant Grant, token Token) {
 	g.token, g.answered, g.none = token, true, false
 	if g.failures == 0 {
 		g.next = renewal(token)
+		if g.offered = g.asItself(); g.offered {
+			g.next = t.now()
+		}
 	}
 	select {
 	case g.wake <- struct{}{}:
@@ -229,6 +251,9 @@ func (t *Tokens) Status(grant Grant) Status {
 func (t *Tokens) usable(token Token) bool {
 	return !token.IsZero() && t.now().Before(token.Expires.Add(-token.margin()))
 }
+
+// asItself reports whether the process asks as itself, without a role.
+func (g *grantState) asItself() bool { return g.grant.Ambient() && g.grant.RoleARN == "" }
 
 // renewal is when a token is to be renewed: at half of its life, and a little later, each at another moment.
 func renewal(token Token) time.Time {
@@ -280,6 +305,17 @@ func (t *Tokens) keep(ctx context.Context, g *grantState) {
 
 // call asks AWS once, and notes the answer.
 func (t *Tokens) call(ctx context.Context, g *grantState) {
+	principal := ""
+	if g.asItself() {
+		principal = t.whoIsIt(ctx, g.grant.Region)
+		due, changed := t.isDue(g, principal)
+		if changed {
+			t.config.Changed(g.id)
+		}
+		if !due {
+			return
+		}
+	}
 	if t.limiter.Wait(ctx) != nil {
 		return
 	}
@@ -295,7 +331,7 @@ func (t *Tokens) call(ctx context.Context, g *grantState) {
 	now := t.now()
 	var token Token
 	if err == nil && !reply.Password.IsZero() {
-		token = Token{Password: reply.Password, Issued: now, Expires: reply.Expires}
+		token = Token{Password: reply.Password, Issued: now, Expires: reply.Expires, Principal: principal}
 		if token.Expires.Sub(now) > MaxLife {
 			token.Expires = now.Add(MaxLife)
 		}
@@ -304,6 +340,7 @@ func (t *Tokens) call(ctx context.Context, g *grantState) {
 		}
 	}
 	g.answered = true
+	t.mints.WithLabelValues(g.grant.Scope.String(), g.grant.Who(), resultOf(token, err)).Inc()
 	if err != nil {
 		err = fmt.Errorf("token for %s as %s: %w", g.grant.Scope, g.grant.Who(), err)
 		if g.failures == 0 {
@@ -314,13 +351,69 @@ func (t *Tokens) call(ctx context.Context, g *grantState) {
 		g.failures++
 	} else {
 		g.err, g.since, g.failures, g.none = nil, time.Time{}, 0, token.IsZero()
-		g.token = token
+		g.token, g.success = token, now
 		if g.next = now.Add(waitBackoff); !g.none {
 			g.next = renewal(token)
 		}
 	}
 	t.mu.Unlock()
 	t.config.Changed(g.id)
+}
+
+// whoIsIt asks who the process itself is, until it is known. Where nobody answers, as where STS cannot be reached, that
+// is no reason not to ask for tokens.
+func (t *Tokens) whoIsIt(ctx context.Context, region string) string {
+	t.mu.Lock()
+	principal := t.principal
+	t.mu.Unlock()
+	if principal != "" {
+		return principal
+	}
+	answer, _, _ := t.identify.Do("", func() (any, error) {
+		ctx, cancel := context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+		principal, err := t.config.Minter.Principal(ctx, region)
+		if err != nil {
+			t.config.Log.Debug("cannot find out who the coordinator is at AWS", "error", err)
+			return "", nil
+		}
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.principal = principal
+		return principal, nil
+	})
+	principal, _ = answer.(string)
+	return principal
+}
+
+// isDue reports whether a new token is to be asked for, with the process being who it is: not as long as one that
+// another has asked for is good, which changes the status, nor before the one from before has lived for half of its life.
+func (t *Tokens) isDue(g *grantState, principal string) (due, changed bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := t.now()
+	offered := g.offered
+	g.offered = false
+	if !t.usable(g.token) {
+		return true, false
+	}
+	if principal != "" && g.token.Principal != "" && g.token.Principal != principal {
+		// In time for a few tries before its end.
+		if last := g.token.Expires.Add(-5 * g.token.margin()); now.Before(last) {
+			g.next = last
+			if g.err == nil {
+				g.since = now
+			}
+			g.err = fmt.Errorf("token for %s: %w from %s to %s; the token of the former stays in use until it expires at %s",
+				g.grant.Scope, ErrIdentityChanged, g.token.Principal, principal, g.token.Expires.UTC().Format(time.RFC3339))
+			return false, true
+		}
+		return true, false
+	}
+	if offered {
+		g.next = renewal(g.token)
+	}
+	return !now.Before(g.next), false
 }
 
 // learn takes over AWS's time from a reply to a call that began at a boot time. The caller holds the lock.

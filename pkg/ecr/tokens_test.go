@@ -36,6 +36,9 @@ type world struct {
 	most    map[string]int // asked at once
 	changed int
 	log     strings.Builder
+	// principal is who the process is, which it cannot find out where that is empty; asked is how often it has tried.
+	principal string
+	asked     int
 
 	tokens *Tokens
 	stop   func()
@@ -45,7 +48,7 @@ func inWorld(t *testing.T, test func(t *testing.T, w *world)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, begun: time.Now(), asking: map[string]int{}, most: map[string]int{}}
+		w := &world{t: t, begun: time.Now(), principal: "me", asking: map[string]int{}, most: map[string]int{}}
 		w.restart()
 		test(t, w)
 		w.stop()
@@ -90,6 +93,15 @@ func (w *world) Mint(ctx context.Context, grant Grant) (Reply, error) {
 		return answer(ctx, grant)
 	}
 	return Reply{Password: dockerconfig.NewSensitive(fmt.Sprintf("%s-%d", canary, n)), Expires: w.aws().Add(12 * time.Hour), Date: w.aws()}, nil
+}
+
+func (w *world) Principal(context.Context, string) (string, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.asked++; w.principal == "" {
+		return "", errors.New("x")
+	}
+	return w.principal, nil
 }
 
 // answers sets what AWS answers from now on.
@@ -551,6 +563,61 @@ func TestClocksThatDifferAsTheSDKSeesThem(t *testing.T) {
 				}
 				require.LessOrEqual(t, w.count(), 8)
 				require.Len(t, fake.Refused(), 1)
+			})
+		})
+	}
+}
+
+// A coordinator that comes up as somebody else keeps the tokens of who it was.
+func TestACoordinatorThatIsSomebodyElse(t *testing.T) {
+	t.Parallel()
+	role := mine
+	role.RoleARN = "arn:aws:iam::210987654321:role/pull"
+	keys := Grant{frankfurt, customerKeys()}
+	for name, test := range map[string]struct {
+		grant     Grant
+		was, is   string
+		age       time.Duration
+		kept      bool
+		principal string // of the token in the end
+	}{
+		"the same":                         {mine, "me", "me", time.Hour, false, "me"},
+		"somebody else":                    {mine, "you", "me", time.Hour, true, "me"},
+		"somebody else, late":              {mine, "you", "me", 11 * time.Hour, true, "me"},
+		"it is not known who that was":     {mine, "", "me", time.Hour, false, "me"},
+		"it is not known who this is":      {mine, "you", "", time.Hour, false, ""},
+		"somebody else with the same role": {role, "", "me", time.Hour, false, ""},
+		"somebody else with the same keys": {keys, "", "me", time.Hour, false, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.principal = test.is
+				issued := w.aws().Add(-test.age)
+				w.restart(func() {
+					w.tokens.Use("a", test.grant)
+					w.tokens.Offer(test.grant, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour), Principal: test.was})
+				})
+				require.Zero(t, w.after(time.Second))
+				s := w.tokens.Status(test.grant)
+				require.Equal(t, "old", password(s))
+				if !test.kept {
+					require.NoError(t, s.Err)
+					require.Zero(t, w.after(6*time.Hour-test.age-time.Minute))
+					require.Equal(t, 1, w.after(time.Hour))
+				} else {
+					require.ErrorIs(t, s.Err, ErrIdentityChanged)
+					require.ErrorContains(t, s.Err, "from you to me; the token of the former stays in use until it expires at")
+					require.Zero(t, w.after(12*time.Hour-test.age-6*time.Minute))
+					require.Equal(t, "old", password(w.tokens.Status(test.grant)))
+					require.Equal(t, 1, w.after(2*time.Minute))
+				}
+				s = w.tokens.Status(test.grant)
+				require.NoError(t, s.Err)
+				require.NotEqual(t, "old", password(s))
+				require.Equal(t, test.principal, s.Token.Principal)
+				if test.is != "" {
+					require.LessOrEqual(t, w.asked, 1)
+				}
 			})
 		})
 	}
