@@ -14,14 +14,14 @@ import (
 func TestMetrics(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		keys := Grant{frankfurt, customerKeys()}
-		w.tokens.Use("a", mine, keys)
+		w.tokens.Use("a", want(mine), want(keys))
 		w.after(time.Second)
 		begun := w.begun.Unix()
 		w.away(errors.New("x"))
 		w.after(7 * time.Hour)
 		failures := w.tokens.grants[mine.ID()].failures
 		require.NotZero(t, failures)
-		w.tokens.Use("a", mine)
+		w.tokens.Use("a", want(mine))
 		require.NoError(t, testutil.CollectAndCompare(w.tokens, strings.NewReader(fmt.Sprintf(`
 # HELP imps_ecr_failures_in_a_row How often ECR has failed to give a token since the last success; of several grants with the same labels the most.
 # TYPE imps_ecr_failures_in_a_row gauge

@@ -175,22 +175,30 @@ func (t *Tokens) Run(ctx context.Context) {
 // machine counts only until the first reply. The caller holds the lock.
 func (t *Tokens) now() time.Time { return t.base.Add(t.config.Clock.Boot() - t.baseAt) }
 
+// Wanted is a grant that a user wants.
+type Wanted struct {
+	Grant Grant
+	// Known is a token of it from before, zero where there is none.
+	Known Token
+}
+
 // Use says which grants a user wants from now on, instead of those from before. A grant that nobody wants any more
 // is forgotten.
-func (t *Tokens) Use(user string, grants ...Grant) {
+func (t *Tokens) Use(user string, wants ...Wanted) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	wanted := map[string]struct{}{}
-	for _, grant := range grants {
-		id := grant.ID()
+	for _, want := range wants {
+		id := want.Grant.ID()
 		wanted[id] = struct{}{}
 		g := t.grants[id]
 		if g == nil {
-			g = &grantState{grant: grant, id: id, users: map[string]struct{}{}, wake: make(chan struct{}, 1), next: t.now()}
+			g = &grantState{grant: want.Grant, id: id, users: map[string]struct{}{}, wake: make(chan struct{}, 1), next: t.now()}
 			t.grants[id] = g
-			t.start(g)
 		}
 		g.users[user] = struct{}{}
+		t.take(g, want.Known)
+		t.start(g)
 	}
 	for id, g := range t.grants {
 		if _, ok := wanted[id]; ok {
@@ -206,13 +214,10 @@ func (t *Tokens) Use(user string, grants ...Grant) {
 	}
 }
 
-// Offer hands in a token from before, of a grant that is used. It counts where none is known that lives longer.
-func (t *Tokens) Offer(grant Grant, token Token) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	g := t.grants[grant.ID()]
+// take takes a token over that is known from before, where none is that lives longer. The caller holds the lock.
+func (t *Tokens) take(g *grantState, token Token) {
 	life := token.Expires.Sub(token.Issued)
-	if g == nil || token.IsZero() || life <= 0 || life > MaxLife || !token.Expires.After(g.token.Expires) {
+	if token.IsZero() || life <= 0 || life > MaxLife || !token.Expires.After(g.token.Expires) {
 		return
 	}
 	if token.Issued.After(t.now()) {

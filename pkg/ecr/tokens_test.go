@@ -189,12 +189,14 @@ func (w *world) suspend(d time.Duration) {
 
 var mine = Grant{Scope: frankfurt}
 
+func want(grant Grant) Wanted { return Wanted{Grant: grant} }
+
 func password(s Status) string { return s.Token.Password.Reveal() }
 
 func TestATokenIsRenewedAtHalfOfItsLife(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		require.True(t, w.tokens.Status(mine).Pending)
-		w.tokens.Use("a", mine)
+		w.tokens.Use("a", want(mine))
 		require.Equal(t, 1, w.after(0))
 		first := w.tokens.Status(mine)
 		require.NoError(t, first.Err)
@@ -213,12 +215,12 @@ func TestATokenIsRenewedAtHalfOfItsLife(t *testing.T) {
 func TestOneCallServesAllWhoAskForTheSame(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		for i := range 200 {
-			w.tokens.Use(fmt.Sprint(i), mine, mine)
+			w.tokens.Use(fmt.Sprint(i), want(mine), want(mine))
 		}
 		require.Equal(t, 1, w.after(time.Minute))
 		other := mine
 		other.RoleARN = "arn:aws:iam::210987654321:role/pull"
-		w.tokens.Use("0", mine, other)
+		w.tokens.Use("0", want(mine), want(other))
 		require.Equal(t, 1, w.after(time.Minute))
 		require.NotEqual(t, password(w.tokens.Status(mine)), password(w.tokens.Status(other)))
 
@@ -235,7 +237,7 @@ func TestOneCallServesAllWhoAskForTheSame(t *testing.T) {
 func TestGrantsThatAreUsedBeforeItRunsAreServedOnceItDoes(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.restart(func() {
-			w.tokens.Use("a", mine)
+			w.tokens.Use("a", want(mine))
 			require.Zero(t, w.after(time.Hour))
 		})
 		require.Equal(t, 1, w.after(time.Second))
@@ -245,7 +247,7 @@ func TestGrantsThatAreUsedBeforeItRunsAreServedOnceItDoes(t *testing.T) {
 // AWS is away: what is good stays until its end, and the status tells from the first failure on.
 func TestAnOutageOfAWS(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		w.tokens.Use("a", mine)
+		w.tokens.Use("a", want(mine))
 		w.after(5 * time.Hour)
 		token := password(w.tokens.Status(mine))
 		w.away(errors.New("no such host"))
@@ -274,7 +276,7 @@ func TestAnOutageOfAWS(t *testing.T) {
 func TestFailuresThatMayPassAreTriedAgainEverMoreSeldom(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.away(errors.New("throttled"))
-		w.tokens.Use("a", mine)
+		w.tokens.Use("a", want(mine))
 		w.after(24 * time.Hour)
 		require.Greater(t, w.count(), 24*12)
 		require.Less(t, w.count(), 24*60)
@@ -291,7 +293,7 @@ func TestFailuresThatMayPassAreTriedAgainEverMoreSeldom(t *testing.T) {
 func TestWhatSomebodyHasToMendIsAskedSeldom(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.away(fmt.Errorf("AccessDenied: %w", ErrWait))
-		w.tokens.Use("a", mine)
+		w.tokens.Use("a", want(mine))
 		require.Equal(t, 5, w.after(time.Hour+time.Second))
 		require.ErrorIs(t, w.tokens.Status(mine).Err, ErrWait)
 	})
@@ -300,7 +302,7 @@ func TestWhatSomebodyHasToMendIsAskedSeldom(t *testing.T) {
 func TestNothingToBeHadIsNoFailure(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.answers(func(context.Context, Grant) (Reply, error) { return Reply{Date: w.aws()}, nil })
-		w.tokens.Use("a", mine)
+		w.tokens.Use("a", want(mine))
 		require.Equal(t, 1, w.after(time.Minute))
 		require.Equal(t, Status{None: true}, w.tokens.Status(mine))
 		require.Equal(t, 1, w.after(15*time.Minute))
@@ -322,9 +324,9 @@ func TestACallThatHangs(t *testing.T) {
 			<-ctx.Done()
 			return Reply{}, ctx.Err()
 		})
-		w.tokens.Use("a", mine)
+		w.tokens.Use("a", want(mine))
 		w.after(time.Second)
-		w.tokens.Use("b", mine, other)
+		w.tokens.Use("b", want(mine), want(other))
 		w.after(time.Second)
 		require.NotEmpty(t, password(w.tokens.Status(other)))
 		require.True(t, w.tokens.Status(mine).Pending)
@@ -341,7 +343,7 @@ func TestManyGrantsAtOnceStayUnderTenCallsASecond(t *testing.T) {
 		for i := range many {
 			grant := mine
 			grant.RoleARN = fmt.Sprintf("arn:aws:iam::210987654321:role/%d", i)
-			w.tokens.Use(fmt.Sprint(i), grant)
+			w.tokens.Use(fmt.Sprint(i), want(grant))
 		}
 		w.after(many / maxRate * time.Second)
 		require.Equal(t, many, w.count())
@@ -370,7 +372,7 @@ func TestExpiriesThatCannotBe(t *testing.T) {
 				w.answers(func(context.Context, Grant) (Reply, error) {
 					return Reply{Password: dockerconfig.NewSensitive("x"), Expires: test.expires(w.aws()), Date: w.aws()}, nil
 				})
-				w.tokens.Use("a", mine)
+				w.tokens.Use("a", want(mine))
 				w.after(100 * time.Millisecond)
 				s := w.tokens.Status(mine)
 				if test.err != "" {
@@ -388,7 +390,7 @@ func TestExpiriesThatCannotBe(t *testing.T) {
 // A lie about an expiry costs nothing that was good.
 func TestABadReplyLosesNothing(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		w.tokens.Use("a", mine)
+		w.tokens.Use("a", want(mine))
 		w.after(time.Hour)
 		token := password(w.tokens.Status(mine))
 		w.answers(func(context.Context, Grant) (Reply, error) {
@@ -408,7 +410,7 @@ func TestTheClockOfTheMachineDoesNotMatter(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.jump(jump)
 				w.restart()
-				w.tokens.Use("a", mine)
+				w.tokens.Use("a", want(mine))
 				require.Equal(t, 1, w.after(time.Second))
 				s := w.tokens.Status(mine)
 				require.WithinDuration(t, w.aws().Add(12*time.Hour), s.Token.Expires, 2*time.Second)
@@ -419,7 +421,7 @@ func TestTheClockOfTheMachineDoesNotMatter(t *testing.T) {
 		})
 		t.Run(name+", in the middle", func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
-				w.tokens.Use("a", mine)
+				w.tokens.Use("a", want(mine))
 				w.after(3 * time.Hour)
 				token := password(w.tokens.Status(mine))
 				w.jump(jump)
@@ -436,7 +438,7 @@ func TestTheClockOfTheMachineDoesNotMatter(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.jump(jump)
 				w.restart()
-				w.tokens.Use("a", mine)
+				w.tokens.Use("a", want(mine))
 				w.after(time.Hour)
 				w.jump(-jump)
 				w.after(7 * time.Hour)
@@ -446,13 +448,12 @@ func TestTheClockOfTheMachineDoesNotMatter(t *testing.T) {
 		})
 		t.Run(name+", and a restart in the middle", func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
-				w.tokens.Use("a", mine)
+				w.tokens.Use("a", want(mine))
 				w.after(3 * time.Hour)
 				token := w.tokens.Status(mine).Token
 				w.jump(jump)
 				w.restart()
-				w.tokens.Use("a", mine)
-				w.tokens.Offer(mine, token)
+				w.tokens.Use("a", Wanted{mine, token})
 				w.after(time.Second)
 				s := w.tokens.Status(mine)
 				require.False(t, s.Token.IsZero())
@@ -468,7 +469,7 @@ func TestTheClockOfTheMachineDoesNotMatter(t *testing.T) {
 // Nothing is served that has expired while the machine slept.
 func TestASuspendedMachine(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
-		w.tokens.Use("a", mine)
+		w.tokens.Use("a", want(mine))
 		w.after(time.Hour)
 		token := password(w.tokens.Status(mine))
 		w.suspend(13 * time.Hour)
@@ -496,13 +497,10 @@ func TestATokenFromBefore(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				issued := w.aws().Add(-test.after)
-				w.tokens.Offer(mine, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour)})
-				require.True(t, w.tokens.Status(mine).Pending, "nobody uses it")
 				w.restart(func() {
-					w.tokens.Use("a", mine)
-					w.tokens.Offer(mine, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour)})
-					w.tokens.Offer(mine, Token{Password: dockerconfig.NewSensitive("older"), Issued: issued.Add(-time.Hour), Expires: issued.Add(11 * time.Hour)})
-					w.tokens.Offer(mine, Token{Password: dockerconfig.NewSensitive("nonsense"), Issued: issued, Expires: issued.Add(1200 * time.Hour)})
+					w.tokens.Use("a", Wanted{mine, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour)}})
+					w.tokens.Use("b", Wanted{mine, Token{Password: dockerconfig.NewSensitive("older"), Issued: issued.Add(-time.Hour), Expires: issued.Add(11 * time.Hour)}})
+					w.tokens.Use("c", Wanted{mine, Token{Password: dockerconfig.NewSensitive("nonsense"), Issued: issued, Expires: issued.Add(1200 * time.Hour)}})
 				})
 				require.Equal(t, test.calls, w.after(time.Second))
 				require.Equal(t, test.same, password(w.tokens.Status(mine)) == "old")
@@ -522,7 +520,7 @@ func TestAnOutageOfAWSAsTheSDKSeesIt(t *testing.T) {
 			s := w.tokens.Status(grant)
 			return fake.Opens(grant.Region, false, Username, s.Token.Password.Reveal())
 		}
-		w.tokens.Use("a", grant)
+		w.tokens.Use("a", want(grant))
 		w.after(4 * time.Hour)
 		fake.Faults(func(fakeaws.Call) *fakeaws.Fault { return &fakeaws.Fault{Hang: true} })
 		for range 5 * 60 {
@@ -554,7 +552,7 @@ func TestClocksThatDifferAsTheSDKSeesThem(t *testing.T) {
 				fake.Clock = w.aws
 				w.answers(minter.Mint)
 				grant := Grant{frankfurt, customerKeys()}
-				w.tokens.Use("a", grant)
+				w.tokens.Use("a", want(grant))
 				for range 48 * 12 {
 					w.after(5 * time.Minute)
 					s := w.tokens.Status(grant)
@@ -594,8 +592,7 @@ func TestACoordinatorThatIsSomebodyElse(t *testing.T) {
 				w.principal = test.is
 				issued := w.aws().Add(-test.age)
 				w.restart(func() {
-					w.tokens.Use("a", test.grant)
-					w.tokens.Offer(test.grant, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour), Principal: test.was})
+					w.tokens.Use("a", Wanted{test.grant, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour), Principal: test.was}})
 				})
 				require.Zero(t, w.after(time.Second))
 				s := w.tokens.Status(test.grant)
