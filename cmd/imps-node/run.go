@@ -122,18 +122,24 @@ func newDuties(s *settings, client *rest.Config, registry *prometheus.Registry, 
 		if err != nil {
 			return nil, fmt.Errorf("name of this machine, for the Lease: %w", err)
 		}
-		coordinator, err := cluster.New(cluster.Config{
+		var coordinator *cluster.Coordinator
+		tokens := newTokens(sessionName(hostname), func(id string) { coordinator.TokenChanged(id) }, log)
+		if err := registry.Register(tokens.tokens); err != nil {
+			return nil, fmt.Errorf("metrics: %w", err)
+		}
+		coordinator, err = cluster.New(cluster.Config{
 			Namespace: s.namespace, RenderedNamespace: s.renderedNamespace,
 			TargetSecretNames: s.targetSecretNames, SourceNamespaces: s.sourceNamespaces,
 			Excluded:     impsync.Exclusion(s.excludedNamespaces),
 			Identity:     hostname + "_" + strings.ToLower(rand.Text()),
 			DemandLinger: s.demandLinger,
-			Client:       client, Metrics: metrics, Registry: registry, Log: log,
+			ECRSources:   ecrSources{}, Tokens: tokens,
+			Client: client, Metrics: metrics, Registry: registry, Log: log,
 		})
 		if err != nil {
 			return nil, err
 		}
-		duties = append(duties, coordinator)
+		duties = append(duties, coordinator, tokens)
 	}
 	return duties, nil
 }

@@ -1,6 +1,7 @@
 package ecr
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
@@ -272,10 +273,19 @@ type bounded struct{ aws.HTTPClient }
 
 var (
 	errRedirect = errors.New("the answer is a redirect, which is not followed")
+	errBroken   = errors.New("the answer ends in the middle")
 	errTooLong  = fmt.Errorf("the answer is longer than %d bytes", maxBodyBytes)
 )
 
 func (b bounded) Do(request *http.Request) (*http.Response, error) {
+	// The SDK closes the body once there is an answer, which may be before net/http has seen its end: then that would
+	// close the connection with the answer in it.
+	body, err := io.ReadAll(request.Body)
+	if err != nil {
+		return nil, fmt.Errorf("read the request: %w", err)
+	}
+	request = request.WithContext(request.Context())
+	request.Body = io.NopCloser(bytes.NewReader(body))
 	response, err := b.HTTPClient.Do(request)
 	if err != nil {
 		return nil, err
@@ -297,6 +307,9 @@ func (b *boundedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p[:min(len(p), b.left+1)])
 	if b.left -= n; b.left < 0 {
 		return 0, errTooLong
+	}
+	if err != nil && err != io.EOF { //nolint:errorlint // as io.Reader has it
+		return n, errBroken
 	}
 	return n, err
 }
@@ -405,8 +418,8 @@ func transport(err error) string {
 		return errRedirect.Error()
 	case errors.Is(err, errTooLong):
 		return errTooLong.Error()
-	case errors.Is(err, io.ErrUnexpectedEOF):
-		return "the answer ends in the middle"
+	case errors.Is(err, errBroken):
+		return errBroken.Error()
 	case errors.As(err, &dns):
 		return "the name " + quoted(dns.Name) + " cannot be resolved"
 	case tlsError(err, &verification):

@@ -122,7 +122,6 @@ func newAWSAt(t *testing.T, handler http.Handler) *AWS {
 	})
 	return NewAWS(AWSOptions{SessionName: "imps-test", Transport: func(transport *http.Transport) {
 		transport.DialContext = network.dial
-		transport.DisableKeepAlives = true
 		transports = append(transports, transport)
 	}})
 }

@@ -141,3 +141,27 @@ func ParseSecret(data map[string][]byte) (Registry, Grant, error) {
 	}
 	return registry, grant, nil
 }
+
+// ParseRegistries returns the registries that hosts name, and the grants that open them for an ambient identity, which
+// may assume a role first. It is the inline form of an ECR source. The error, ErrRegistry or ErrIdentity, tells the first
+// that is wrong.
+func ParseRegistries(hosts []string, roleARN, externalID string) ([]Registry, []Grant, error) {
+	if len(hosts) == 0 {
+		return nil, nil, fmt.Errorf("%w: no registries are listed", ErrRegistry)
+	}
+	identity := Identity{RoleARN: strings.TrimSpace(roleARN), ExternalID: dockerconfig.NewSensitive(strings.TrimSpace(externalID))}
+	var registries []Registry
+	var grants []Grant
+	for _, host := range hosts {
+		registry, err := ParseRegistry(host)
+		if err != nil {
+			return nil, nil, err
+		}
+		grant, err := NewGrant(registry.Scope, identity)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", host, err)
+		}
+		registries, grants = append(registries, registry), append(grants, grant)
+	}
+	return registries, grants, nil
+}

@@ -124,6 +124,44 @@ func TestGrantsAreToldApartByAllThatTheyAre(t *testing.T) {
 	}
 }
 
+func TestParseRegistries(t *testing.T) {
+	t.Parallel()
+	const frankfurtHost, beijingHost = "123456789012.dkr.ecr.eu-central-1.amazonaws.com", "123456789012.dkr.ecr.cn-north-1.amazonaws.com.cn"
+	const role = "arn:aws:iam::210987654321:role/pull"
+	for name, test := range map[string]struct {
+		hosts          []string
+		role, external string
+		err            string
+	}{
+		"several":                       {[]string{frankfurtHost, beijingHost, "public.ecr.aws"}, "", "", ""},
+		"with a role":                   {[]string{frankfurtHost}, " " + role + "\n", canary, ""},
+		"none":                          {nil, "", "", "no registries are listed"},
+		"one that is none":              {[]string{frankfurtHost, "ghcr.io"}, "", "", "ghcr.io: not an ECR registry"},
+		"a role of another partition":   {[]string{frankfurtHost, beijingHost}, role, "", beijingHost + ": not an AWS identity: the role is of the partition aws, the registry of aws-cn"},
+		"an external ID without a role": {[]string{frankfurtHost}, "", canary, "without a role"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			registries, grants, err := ParseRegistries(test.hosts, test.role, test.external)
+			if test.err != "" {
+				require.ErrorContains(t, err, test.err)
+				require.NotContains(t, err.Error(), canary)
+				require.Empty(t, grants)
+				return
+			}
+			require.NoError(t, err)
+			require.Len(t, registries, len(test.hosts))
+			for i, host := range test.hosts {
+				require.Equal(t, host, registries[i].Host)
+				require.Equal(t, registries[i].Scope, grants[i].Scope)
+				require.True(t, grants[i].Ambient())
+				require.Equal(t, strings.TrimSpace(test.role), grants[i].RoleARN)
+				require.Equal(t, test.external, grants[i].ExternalID.Reveal())
+			}
+		})
+	}
+}
+
 func TestWho(t *testing.T) {
 	t.Parallel()
 	keys := Identity{AccessKeyID: dockerconfig.NewSensitive(canary), SecretAccessKey: dockerconfig.NewSensitive(canary)}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -94,6 +95,8 @@ type Rendered struct {
 	// Namespaces and Pods are its selectors.
 	Namespaces v1alpha1.NamespaceSelector
 	Pods       v1alpha1.PodSelector
+	// Expiries are when credentials expire, by registry, those that do.
+	Expiries map[string]time.Time
 	// Target is the object that is applied in every selected namespace.
 	Target Target
 }
@@ -108,11 +111,12 @@ type renderedRecord struct {
 	Resource           ResourceRef                `json:"resource"`
 	Namespaces         v1alpha1.NamespaceSelector `json:"namespaces"`
 	NamespacesWithPods v1alpha1.PodSelector       `json:"namespacesWithPods"`
+	Expiries           map[string]time.Time       `json:"expiries,omitempty"`
 }
 
 // EncodeRendered returns the data of the rendered Secret. The same input gives the same bytes.
 func EncodeRendered(r Rendered) (map[string][]byte, error) {
-	record, err := json.Marshal(renderedRecord{Resource: r.Resource, Namespaces: r.Namespaces, NamespacesWithPods: r.Pods})
+	record, err := json.Marshal(renderedRecord{Resource: r.Resource, Namespaces: r.Namespaces, NamespacesWithPods: r.Pods, Expiries: r.Expiries})
 	if err != nil {
 		return nil, fmt.Errorf("encode the rendered form of %s: %w", r.Resource.Name, err)
 	}
@@ -164,7 +168,7 @@ func decodeRendered(data map[string][]byte, versions []int) (Rendered, error) {
 	if record.Resource.UID == "" || record.Resource.UID != target.revision.UID {
 		return Rendered{}, errors.New("rendered form: record and target are of different resources")
 	}
-	return Rendered{FormatVersion: versions[i], Resource: record.Resource, Namespaces: record.Namespaces, Pods: record.NamespacesWithPods, Target: target}, nil
+	return Rendered{FormatVersion: versions[i], Resource: record.Resource, Namespaces: record.Namespaces, Pods: record.NamespacesWithPods, Expiries: record.Expiries, Target: target}, nil
 }
 
 // Target is the Secret that a resource puts into every selected namespace: a complete

@@ -89,10 +89,13 @@ type Config struct {
 	// ReportLinger is DefaultReportLinger where it is zero.
 	ReportLinger time.Duration
 	// Client is the connection to the API server, with the coordinator's own identity.
-	Client   *rest.Config
-	Metrics  *impsync.Metrics
-	Registry prometheus.Registerer
-	Log      *slog.Logger
+	Client *rest.Config
+	// ECRSources and Tokens serve ECR sources; without them these are not supported.
+	ECRSources ECRSources
+	Tokens     Tokens
+	Metrics    *impsync.Metrics
+	Registry   prometheus.Registerer
+	Log        *slog.Logger
 }
 
 // Coordinator is the cluster duty.
@@ -109,7 +112,9 @@ type Coordinator struct {
 	guard    leaseGuard
 	// standby: another leads. synced: it leads and has read everything.
 	standby atomic.Bool
-	synced  atomic.Bool
+	// term is the one that it leads.
+	term   atomic.Pointer[term]
+	synced atomic.Bool
 }
 
 // New returns a Coordinator that starts with Run.

@@ -682,7 +682,7 @@ func TestAResourceWithAProblemLosesNothing(t *testing.T) {
 				s.namespace("n", map[string]string{"team": "b"})
 				was := newRendering(t, s)
 				was.resource = resource(t, "a", 0, lastGood)
-				was.resolved = resolve(nil, nil)
+				was.resolved = resolve(nil, &state{}, noon)
 				c := s.claimOf(t, was.resource, 7)
 				selection, _, err := impsync.CompileSelection(was.resource.Spec.Target.Namespaces, was.resource.Spec.Target.NamespacesWithPods)
 				require.NoError(t, err)

@@ -97,7 +97,14 @@ func (p *planner) planSources(ctx context.Context) error {
 		source := planSource{key: entry.Namespace + "." + entry.Name}
 		switch {
 		case entry.ECR != nil:
-			p.conflict(ConflictSupport, "", "spec.registry.credentials[%d]: ecr sources are %v", i, errNotSupported)
+			source.key = ecrKey(*entry.ECR)
+			registries, err := p.registriesOf(*entry.ECR)
+			if err != nil {
+				p.conflict(ConflictSource, "", "source %s: %v", source.key, err)
+				continue
+			}
+			source.config = plannedTokens(registries)
+			sources = append(sources, source)
 			continue
 		case entry.Name == "" || entry.Namespace == "":
 			p.conflict(ConflictSpec, "", "spec.registry.credentials[%d]: give either name and namespace of a Secret, or ecr", i)
@@ -120,12 +127,14 @@ func (p *planner) planSources(ctx context.Context) error {
 			forbidden = true
 			continue
 		}
-		read := sourceOf(secret)
+		read := p.sourceOf(secret)
 		if read.err != nil {
 			p.conflict(ConflictSource, "", "source %s: %v", source.key, read.err)
 			continue
 		}
-		source.config = read.config
+		if source.config = read.config; len(read.registries) > 0 {
+			source.config = plannedTokens(read.registries)
+		}
 		sources = append(sources, source)
 	}
 	if len(sources) == 0 && !forbidden && len(p.resource.Spec.Registry.Credentials) > 0 {
@@ -137,6 +146,21 @@ func (p *planner) planSources(ctx context.Context) error {
 		p.refuse(ConflictSpec, "%v", err)
 	}
 	return nil
+}
+
+// plannedTokens stands for the tokens that ECR would give: a plan asks for none.
+func plannedTokens(registries []Registry) dockerconfig.Config {
+	var entries []dockerconfig.Entry
+	for _, r := range registries {
+		entries = append(entries, dockerconfig.Entry{
+			Key: dockerconfig.NewSensitive(r.Host), Username: dockerconfig.NewSensitive(ecrUsername), Password: dockerconfig.NewSensitive("a token of ECR"),
+		})
+	}
+	config, err := dockerconfig.New(entries...)
+	if err != nil {
+		return dockerconfig.Config{} // the same, and nothing to show: hosts were parsed
+	}
+	return config
 }
 
 func mergeSources(sources []planSource) dockerconfig.Config {

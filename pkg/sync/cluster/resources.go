@@ -45,6 +45,10 @@ type claim struct {
 	failure    error // passing, of the API server
 	skipped    []error
 	sources    map[string]string
+	// expires is when the first credential expires, zero where none does.
+	expires time.Time
+	// identityChanged: the coordinator is not who it was when it asked ECR for a token.
+	identityChanged bool
 	// unread: the sources have not all been read yet in this term.
 	unread bool
 	// statusWritten is when the status was last written.
@@ -191,7 +195,13 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		known = &read
 	}
 	credentials := t.readCredentials(r)
-	resolved := resolve(credentials, known.lastGood)
+	tokens := t.useTokens(uid, credentials, known.tokens)
+	now := time.Now()
+	resolved := resolve(credentials, known, now)
+	resolved.tokens = tokens
+	for _, expires := range resolved.expires {
+		t.resourceQueue.AddAfter(uid, expires.Sub(now))
+	}
 	if resolved.pending {
 		t.change(func() { c.state = known })
 		return nil // the source's watch brings it back
@@ -216,6 +226,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		undecided := c.undecided()
 		solved := (c.problem != nil || c.failure != nil) && problem == nil && failure == nil
 		c.generation, c.sources, c.skipped, c.unread = r.Generation, resolved.sources, skipped, false
+		c.expires, c.identityChanged = earliest(resolved.expires), resolved.identityChanged
 		c.problem, c.failure = problem, failure
 		if undecided && !c.undecided() || solved {
 			// It delivers nothing, and others may claim what it left; or what it holds may go.
@@ -258,7 +269,7 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 			return err, nil
 		}
 	}
-	next := impsync.Rendered{FormatVersion: t.formatVersion(published.FormatVersion), Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods}
+	next := impsync.Rendered{Expiries: resolved.expiries, FormatVersion: t.formatVersion(published.FormatVersion), Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods}
 	if next.Target, err = impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config); err != nil {
 		return err, nil
 	}
@@ -274,7 +285,17 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 			return err, nil
 		}
 	}
-	return t.publish(ctx, c, r.Generation, known, state{counter: counter, lastGood: resolved.lastGood, incomplete: hold}, next, selection)
+	return t.publish(ctx, c, r.Generation, known, state{counter: counter, lastGood: resolved.lastGood, expires: resolved.expires, tokens: resolved.tokens, incomplete: hold}, next, selection)
+}
+
+// earliest is the first of some times, zero where there is none.
+func earliest(times map[string]time.Time) (first time.Time) {
+	for _, at := range times {
+		if first.IsZero() || at.Before(first) {
+			first = at
+		}
+	}
+	return first
 }
 
 // change changes what the lock guards.
@@ -417,7 +438,7 @@ func (t *term) withdraw(ctx context.Context, c *claim, generation int64) error {
 }
 
 func sameRendered(a, b impsync.Rendered) bool {
-	return a.FormatVersion == b.FormatVersion && a.Target.Revision() == b.Target.Revision() && a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.SameSelectors(b)
+	return maps.EqualFunc(a.Expiries, b.Expiries, time.Time.Equal) && a.FormatVersion == b.FormatVersion && a.Target.Revision() == b.Target.Revision() && a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.SameSelectors(b)
 }
 
 // retire ends a resource that is gone or going: its rendered Secret before its claim, so
@@ -452,6 +473,7 @@ func (t *term) retire(ctx context.Context, uid types.UID) error {
 	}
 	t.mu.Unlock()
 	t.releaseSources(uid, nil)
+	t.releaseTokens(uid)
 	if !again {
 		t.metrics.forget(c.ref.Name)
 	}

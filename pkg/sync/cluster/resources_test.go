@@ -266,7 +266,7 @@ func newRendering(t *testing.T, s *situation, registries ...string) *rendering {
 	r := &rendering{situation: s, resource: resource(t, "a", 0, byName), known: &state{}}
 	r.claim = newClaim(r.resource, impsync.Rendered{})
 	s.claims["uid-a"], s.byUID["uid-a"] = r.claim, r.resource
-	r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, registries...)}}, nil)
+	r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, registries...)}}, &state{}, noon)
 	return r
 }
 
@@ -299,7 +299,7 @@ func TestWithoutANameOrCredentialsNothingIsRendered(t *testing.T) {
 		require.True(t, r.claim.withdrawn)
 
 		r = newRendering(t, s)
-		r.resolved = resolve([]credential{{key: "ns.a", err: errors.New("not found"), withdrawn: true}}, nil)
+		r.resolved = resolve([]credential{{key: "ns.a", err: errors.New("not found"), withdrawn: true}}, &state{}, noon)
 		problem, failure = r.render()
 		require.NoError(t, problem)
 		require.NoError(t, failure)
@@ -347,7 +347,7 @@ func TestWhatWasThereIsNotWrittenAnewWithoutAWordOfItsResource(t *testing.T) {
 		require.Equal(t, []string{"POST /api/v1/namespaces/imps-system/secrets"}, s.server().asked(), "the first time nobody is asked")
 
 		r.claim.setRendered(r.remembers(7), nil)
-		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}}, nil)
+		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}}, &state{}, noon)
 		_, failure = r.render()
 		require.Equal(t, impsync.ClassRetry, impsync.ClassifyError(failure))
 		require.Equal(t, []string{owner}, s.server().asked())
@@ -365,7 +365,7 @@ func TestWhatCannotBeMergedAnewStaysAsItWasRendered(t *testing.T) {
 		before := r.remembers(7)
 		before.Namespaces = v1alpha1.NamespaceSelector{}
 		r.claim.setRendered(before, nil)
-		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}, {key: "ns.b", err: errors.New("x")}}, nil)
+		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}, {key: "ns.b", err: errors.New("x")}}, &state{}, noon)
 		// Where the state is complete, that source has never given anything: the rest is merged.
 		r.known = &state{uid: "uid-state", resourceVersion: "1"}
 		_, failure := r.render()
@@ -388,16 +388,16 @@ func TestCredentialsThatAreTooLargeAreAProblemOfTheResource(t *testing.T) {
 	}{
 		"merged": {func(t *testing.T) resolution {
 			t.Helper()
-			return resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize))}}, nil)
+			return resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize))}}, &state{}, noon)
 		}},
 		"rendered": {func(t *testing.T) resolution {
 			t.Helper()
-			return resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/5*2))}}, nil)
+			return resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/5*2))}}, &state{}, noon)
 		}},
 		"of all sources together": {func(t *testing.T) resolution {
 			t.Helper()
 			config := configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/4))
-			return resolve([]credential{{key: "ns.a", config: config}, {key: "ns.b", config: config}}, nil)
+			return resolve([]credential{{key: "ns.a", config: config}, {key: "ns.b", config: config}}, &state{}, noon)
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -521,7 +521,7 @@ func TestAChangedSelectionHasEveryNamespaceLookedAt(t *testing.T) {
 
 func TestSensitiveInputsOfARenderArePrintedNowhere(t *testing.T) {
 	t.Parallel()
-	resolved := resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary)}}, map[string]dockerconfig.Config{"ns.b": configOf(t, "s.io="+canary)})
+	resolved := resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary)}}, &state{lastGood: map[string]dockerconfig.Config{"ns.b": configOf(t, "s.io="+canary)}}, noon)
 	c := newClaim(resource(t, "a", 0, byName), renderedAt(t, resource(t, "a", 0, byName), 1))
 	c.state = &state{lastGood: resolved.lastGood}
 	requireSilent(t, strings.Join([]string{sprintAll(resolved), sprintAll(c), sprintAll(*c.state), sprintAll(renderedSecret{rendered: c.rendered}), sprintAll(decision{target: c.rendered.Target})}, "\n"))
@@ -542,7 +542,7 @@ func TestAResourceThatIsHeardOfLateIsLookedAtEverywhere(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
 				was := newRendering(t, s)
 				was.resource = resource(t, "a", 0, test.target)
-				was.resolved = resolve(nil, nil)
+				was.resolved = resolve(nil, &state{}, noon)
 				rendered := was.remembers(7)
 				raw, err := encodeState(*was.known)
 				require.NoError(t, err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -16,9 +17,6 @@ import (
 	"github.com/imps-node/imps/pkg/dockerconfig"
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
-
-// ecrSecretType is banzaicloud/imps's type of a Secret with AWS keys.
-const ecrSecretType = "banzaicloud.io/aws-ecr-login-config"
 
 // errNotSupported is about what the API has and this version does not do yet.
 var errNotSupported = errors.New("not supported by this version of imps")
@@ -33,12 +31,18 @@ type source struct {
 // sourceSecret is what is kept of a source Secret.
 type sourceSecret struct {
 	config dockerconfig.Config
-	err    error
+	// registries are those of an ECR source.
+	registries []Registry
+	err        error
 }
 
-func sourceOf(s *corev1.Secret) sourceSecret {
+func (c *Coordinator) sourceOf(s *corev1.Secret) sourceSecret {
 	if s.Type == ecrSecretType {
-		return sourceSecret{err: fmt.Errorf("sources of type %s are %w", ecrSecretType, errNotSupported)}
+		if c.config.ECRSources == nil {
+			return sourceSecret{err: fmt.Errorf("sources of type %s are %w", ecrSecretType, errNotSupported)}
+		}
+		registries, err := c.config.ECRSources.Secret(s.Data)
+		return sourceSecret{registries: registries, err: err}
 	}
 	config, _, err := dockerconfig.Parse(string(s.Type), s.Data)
 	return sourceSecret{config: config, err: err}
@@ -48,9 +52,15 @@ func sourceOf(s *corev1.Secret) sourceSecret {
 type credential struct {
 	// key is that of status.sourceSecretStatus.
 	key string
-	// config is valid where err is nil.
+	// config is valid where err is nil, or where it is current.
 	config dockerconfig.Config
-	err    error
+	// registries are those of an ECR source.
+	registries []Registry
+	// expires is when the first entry of config expires, by the clock of AWS; zero where none does.
+	expires time.Time
+	// current: config is what may be used now, whatever err says.
+	current bool
+	err     error
 	// withdrawn: the source is gone or not allowed, so that nothing of it may be used any
 	// more. Any other error leaves its last good entries in use.
 	withdrawn bool
@@ -65,11 +75,10 @@ func (t *term) readCredentials(r *v1alpha1.ImagePullSecret) []credential {
 	wanted := map[types.NamespacedName]struct{}{}
 	for _, entry := range r.Spec.Registry.Credentials {
 		if entry.ECR != nil {
-			first := ""
-			if len(entry.ECR.Registries) > 0 {
-				first = entry.ECR.Registries[0]
-			}
-			credentials = append(credentials, credential{key: "ecr." + first, err: fmt.Errorf("ecr sources are %w", errNotSupported), withdrawn: true})
+			c := credential{key: ecrKey(*entry.ECR)}
+			c.registries, c.err = t.registriesOf(*entry.ECR)
+			c.withdrawn = errors.Is(c.err, errNotSupported)
+			credentials = append(credentials, c)
 			continue
 		}
 		key := types.NamespacedName{Namespace: entry.Namespace, Name: entry.Name}
@@ -101,7 +110,7 @@ func (s *source) read(key types.NamespacedName, c *credential) {
 	case !ok:
 		c.err, c.withdrawn = errors.New("not found"), true
 	default:
-		c.config, c.err = secret.config, secret.err
+		c.config, c.registries, c.err = secret.config, secret.registries, secret.err
 	}
 }
 
@@ -116,7 +125,7 @@ func (t *term) useSource(key types.NamespacedName, user types.UID) *source {
 		s.mirror = impsync.NewMirror(impsync.MirrorConfig[sourceSecret]{
 			Name: "source " + key.String(), Example: &corev1.Secret{}, Log: t.log,
 			ListWatch: impsync.TypedListWatch(secrets.List, secrets.Watch, metav1.ListOptions{FieldSelector: metav1.ObjectNameField + "=" + key.Name}),
-			Convert:   func(o runtime.Object) sourceSecret { return sourceOf(o.(*corev1.Secret)) },
+			Convert:   func(o runtime.Object) sourceSecret { return t.sourceOf(o.(*corev1.Secret)) },
 			OnChange:  func(types.NamespacedName, *sourceSecret, *sourceSecret) { t.sourceChanged(key) },
 			OnError:   func(error) { t.sourceChanged(key) },
 		})
@@ -168,8 +177,15 @@ func (t *term) sourceChanged(key types.NamespacedName) {
 // resolution is the merged credentials of a resource.
 type resolution struct {
 	config dockerconfig.Config
-	// lastGood are the entries to fall back on next time, by source.
+	// lastGood are the entries to fall back on next time, by source, and expires when they expire, those that do.
 	lastGood map[string]dockerconfig.Config
+	expires  map[string]time.Time
+	// tokens are those in use, by the grant's ID.
+	tokens map[string]Token
+	// expiries are when the entries of config expire, by registry, those that do.
+	expiries map[string]time.Time
+	// identityChanged: the coordinator is not who it was when it asked for a token.
+	identityChanged bool
 	// sources is status.sourceSecretStatus.
 	sources map[string]string
 	pending bool
@@ -180,12 +196,13 @@ type resolution struct {
 }
 
 // resolve merges credentials in listed order: the last listed wins. A source that fails
-// keeps its last good entries.
-func resolve(credentials []credential, lastGood map[string]dockerconfig.Config) resolution {
-	r := resolution{lastGood: map[string]dockerconfig.Config{}, sources: map[string]string{}}
+// keeps its last good entries, until they expire.
+func resolve(credentials []credential, known *state, now time.Time) resolution {
+	r := resolution{lastGood: map[string]dockerconfig.Config{}, sources: map[string]string{}, expires: map[string]time.Time{}, expiries: map[string]time.Time{}}
 	var configs []dockerconfig.Config
 	for _, c := range credentials {
-		config, good := c.config, true
+		config, good, expires := c.config, true, c.expires
+		r.identityChanged = r.identityChanged || errors.Is(c.err, ErrIdentityChanged)
 		switch {
 		case c.pending:
 			r.pending = true
@@ -194,18 +211,36 @@ func resolve(credentials []credential, lastGood map[string]dockerconfig.Config) 
 			r.sources[c.key] = v1alpha1.SourceOK
 		default:
 			r.sources[c.key] = impsync.Explain(c.err)
-			config, good = lastGood[c.key]
-			if c.withdrawn {
-				good = false
-			} else if good {
-				r.sources[c.key] += "; its last good credentials stay in use"
+			if !c.current {
+				config, good = known.lastGood[c.key]
+				expires = known.expires[c.key]
 			} else {
+				good = len(config.Entries()) > 0
+			}
+			good = good && (expires.IsZero() || now.Before(expires))
+			switch {
+			case c.withdrawn:
+				good = false
+			case good && expires.IsZero():
+				r.sources[c.key] += "; its last good credentials stay in use"
+			case good:
+				r.sources[c.key] += "; its last good credentials stay in use until " + expires.UTC().Format(time.RFC3339)
+			default:
 				r.incomplete = true
 			}
 		}
-		if good {
-			configs = append(configs, config)
-			r.lastGood[c.key] = config
+		if !good {
+			continue
+		}
+		configs = append(configs, config)
+		r.lastGood[c.key] = config
+		if !expires.IsZero() {
+			r.expires[c.key] = expires
+		}
+		for _, e := range config.Entries() { // the last listed wins
+			if delete(r.expiries, e.Registry()); !expires.IsZero() {
+				r.expiries[e.Registry()] = expires
+			}
 		}
 	}
 	r.empty = len(configs) == 0 && len(credentials) > 0

@@ -119,7 +119,7 @@ func TestResolve(t *testing.T) {
 			for key, registries := range test.lastGood {
 				lastGood[key] = configOf(t, registries...)
 			}
-			r := resolve(test.credentials, lastGood)
+			r := resolve(test.credentials, &state{lastGood: lastGood}, noon)
 			require.Equal(t, test.config, plain(r.config))
 			if test.sources == nil {
 				test.sources = map[string]string{}
@@ -147,7 +147,7 @@ func TestResolveWaitsUntilEverySourceWasRead(t *testing.T) {
 	a := credential{key: "a", config: configOf(t, "r.io=1")}
 	pending := credential{key: "b", pending: true}
 	for _, credentials := range [][]credential{{pending}, {a, pending}, {pending, a}} {
-		require.True(t, resolve(credentials, nil).pending)
+		require.True(t, resolve(credentials, &state{}, noon).pending)
 	}
 }
 
@@ -162,6 +162,7 @@ func TestSourceOf(t *testing.T) {
 	secret := func(secretType corev1.SecretType, key, value string) *corev1.Secret {
 		return &corev1.Secret{Type: secretType, Data: map[string][]byte{key: []byte(value)}}
 	}
+	sourceOf := new(Coordinator).sourceOf
 	read := sourceOf(secret(corev1.SecretTypeDockerConfigJson, corev1.DockerConfigJsonKey, `{"auths":{"r.io":{"username":"u","password":"1"}}}`))
 	require.NoError(t, read.err)
 	require.Equal(t, []string{"r.io=1"}, plain(read.config))
@@ -182,7 +183,7 @@ func TestSourceOf(t *testing.T) {
 		requireSilent(t, read.err.Error())
 	}
 	require.ErrorIs(t, sourceOf(secret(ecrSecretType, "", "")).err, errNotSupported)
-	requireSilent(t, fmt.Sprintf("%v %+v %#v", read, read, resolve([]credential{{key: "a", config: configOf(t, "r.io="+canary)}}, nil)))
+	requireSilent(t, fmt.Sprintf("%v %+v %#v", read, read, resolve([]credential{{key: "a", config: configOf(t, "r.io="+canary)}}, &state{}, noon)))
 }
 
 // sourceMirror is the watch of a source that has read these Secrets and lost its server.
@@ -327,6 +328,6 @@ func TestASourceThatCannotBeReadKeepsWhatItGaveBefore(t *testing.T) {
 func sourceConfig(term *term) impsync.MirrorConfig[sourceSecret] {
 	return impsync.MirrorConfig[sourceSecret]{
 		Name: "source", Example: &corev1.Secret{}, Log: term.log,
-		Convert: func(o runtime.Object) sourceSecret { return sourceOf(o.(*corev1.Secret)) },
+		Convert: func(o runtime.Object) sourceSecret { return new(Coordinator).sourceOf(o.(*corev1.Secret)) },
 	}
 }

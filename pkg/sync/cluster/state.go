@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -31,6 +32,10 @@ type state struct {
 	counter uint64
 	// lastGood are the last good entries of each source.
 	lastGood map[string]dockerconfig.Config
+	// expires is when they expire, by the clock of AWS, those that do.
+	expires map[string]time.Time
+	// tokens of ECR, by the ID of their grant.
+	tokens map[string]Token
 	// uid and resourceVersion are those of the state Secret; empty where there was none.
 	uid             types.UID
 	resourceVersion string
@@ -41,13 +46,26 @@ type state struct {
 
 // stateRecord is the JSON of a state.
 type stateRecord struct {
-	Counter    uint64            `json:"counter"`
-	Incomplete bool              `json:"incomplete,omitempty"`
-	LastGood   map[string][]byte `json:"lastGood"`
+	Counter    uint64                 `json:"counter"`
+	Incomplete bool                   `json:"incomplete,omitempty"`
+	LastGood   map[string][]byte      `json:"lastGood"`
+	Expires    map[string]time.Time   `json:"expires,omitempty"`
+	Tokens     map[string]tokenRecord `json:"tokens,omitempty"`
+}
+
+// tokenRecord is the JSON of a token.
+type tokenRecord struct {
+	Password  []byte    `json:"password"`
+	Issued    time.Time `json:"issued"`
+	Expires   time.Time `json:"expires"`
+	Principal string    `json:"principal,omitempty"`
 }
 
 func encodeState(s state) ([]byte, error) {
-	record := stateRecord{Counter: s.counter, Incomplete: s.incomplete, LastGood: map[string][]byte{}}
+	record := stateRecord{Counter: s.counter, Incomplete: s.incomplete, LastGood: map[string][]byte{}, Expires: s.expires, Tokens: map[string]tokenRecord{}}
+	for id, token := range s.tokens {
+		record.Tokens[id] = tokenRecord{Password: []byte(token.Password.Reveal()), Issued: token.Issued, Expires: token.Expires, Principal: token.Principal}
+	}
 	for key, config := range s.lastGood {
 		rendered, err := config.Render()
 		if err != nil {
@@ -70,7 +88,10 @@ func decodeState(raw []byte) (state, error) {
 	if err := json.Unmarshal(raw, &record); err != nil {
 		return state{}, errors.New("state: not valid JSON")
 	}
-	s := state{counter: record.Counter, incomplete: record.Incomplete, lastGood: map[string]dockerconfig.Config{}}
+	s := state{counter: record.Counter, incomplete: record.Incomplete, lastGood: map[string]dockerconfig.Config{}, expires: record.Expires, tokens: map[string]Token{}}
+	for id, token := range record.Tokens {
+		s.tokens[id] = Token{Password: dockerconfig.NewSensitive(token.Password), Issued: token.Issued, Expires: token.Expires, Principal: token.Principal}
+	}
 	for key, value := range record.LastGood {
 		config, _, err := dockerconfig.Parse(string(corev1.SecretTypeDockerConfigJson), map[string][]byte{corev1.DockerConfigJsonKey: value})
 		if err != nil {
@@ -83,7 +104,8 @@ func decodeState(raw []byte) (state, error) {
 
 // sameState reports whether writing b over a would change nothing.
 func sameState(a, b state) bool {
-	return a.resourceVersion != "" && a.counter == b.counter && a.incomplete == b.incomplete && maps.EqualFunc(a.lastGood, b.lastGood, sameConfig)
+	return a.resourceVersion != "" && a.counter == b.counter && a.incomplete == b.incomplete && maps.EqualFunc(a.lastGood, b.lastGood, sameConfig) &&
+		maps.EqualFunc(a.expires, b.expires, time.Time.Equal) && maps.EqualFunc(a.tokens, b.tokens, Token.equal)
 }
 
 func sameConfig(a, b dockerconfig.Config) bool {

@@ -45,10 +45,12 @@ const (
 	reasonReady        = "Ready"
 	reasonProgressing  = "Progressing"
 	reasonSourceFailed = "SourceFailed"
-	reasonInvalid      = "InvalidSpec"
-	reasonNothing      = "NothingToDeliver"
-	reasonFailed       = "DeliveryFailed"
-	reasonNotSupported = "NotSupported"
+	// reasonIdentityChanged: the coordinator is not who it was when it asked ECR for a token.
+	reasonIdentityChanged = "IdentityChanged"
+	reasonInvalid         = "InvalidSpec"
+	reasonNothing         = "NothingToDeliver"
+	reasonFailed          = "DeliveryFailed"
+	reasonNotSupported    = "NotSupported"
 )
 
 // statusDirty has the status of a resource looked at soon.
@@ -121,18 +123,20 @@ func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
 	s := t.summarize(c)
 	status := t.statusOf(r, c, s)
 	counter := c.rendered.Target.Revision().Counter
+	expires := c.expires
 	rotated := status.Status == v1alpha1.StatusReady && c.reported != counter && c.reported != 0
 	t.exportMetrics(r.Name, s, status) // under the lock: once it has ended, nothing is
 	t.mu.Unlock()
 
-	if equality.Semantic.DeepEqual(status, r.Status) && !rotated {
+	if equality.Semantic.DeepEqual(status, r.Status) && !rotated && expires.IsZero() == (r.Status.ValiditySeconds == 0) {
 		t.change(func() { c.markReported(status, counter) })
 		return nil
 	}
+	now := metav1.Now().Rfc3339Copy()
 	if status.Status == v1alpha1.StatusReady {
-		now := metav1.Now().Rfc3339Copy()
 		status.LastSuccessfulReconciliation = &now
 	}
+	status.ValiditySeconds = validity(expires, now.Time)
 	t.change(func() { c.statusWritten = time.Now() }) // or tried: that is paced as well
 	if err := t.writeStatus(ctx, r, status); err != nil {
 		return err
@@ -158,6 +162,7 @@ func (c *claim) markReported(status v1alpha1.ImagePullSecretStatus, counter uint
 // statusOf computes the status from what is known. The caller holds the lock.
 func (t *term) statusOf(r *v1alpha1.ImagePullSecret, c *claim, s summary) v1alpha1.ImagePullSecretStatus {
 	status := v1alpha1.ImagePullSecretStatus{
+		ValiditySeconds:              r.Status.ValiditySeconds, // set anew where anything else has changed
 		ObservedGeneration:           c.generation,
 		LastSuccessfulReconciliation: r.Status.LastSuccessfulReconciliation,
 		SourceSecretStatus:           c.sources,
@@ -188,9 +193,21 @@ func (t *term) statusOf(r *v1alpha1.ImagePullSecret, c *claim, s summary) v1alph
 	return status
 }
 
+// validity is for how many seconds the first credential to expire is still good; zero where none expires.
+func validity(expires, now time.Time) int64 {
+	if expires.IsZero() {
+		return 0
+	}
+	return max(int64(expires.Sub(now).Seconds()), 1)
+}
+
 func sourcesReady(c *claim) metav1.Condition {
 	if failed := failedSources(c.sources); len(failed) > 0 {
-		return metav1.Condition{Type: v1alpha1.ConditionSourcesReady, Status: metav1.ConditionFalse, Reason: reasonSourceFailed,
+		reason := reasonSourceFailed
+		if c.identityChanged {
+			reason = reasonIdentityChanged
+		}
+		return metav1.Condition{Type: v1alpha1.ConditionSourcesReady, Status: metav1.ConditionFalse, Reason: reason,
 			Message: fmt.Sprintf("%d of %d sources cannot be used: %s", len(failed), len(c.sources), listed(failed))}
 	}
 	return metav1.Condition{Type: v1alpha1.ConditionSourcesReady, Status: metav1.ConditionTrue, Reason: reasonReady,

@@ -76,6 +76,8 @@ type term struct {
 	readers map[int]int
 	// undeletable are Secrets that are not wanted and could not be deleted.
 	undeletable map[targetKey]undeletable
+	// grants are the IDs of the grants that each resource uses.
+	grants map[types.UID]map[string]struct{}
 	// withoutAgent is the number of nodes without a report.
 	withoutAgent int
 	// nodeGone is when a node was deleted, and reportDropped says that its report was, too.
@@ -128,6 +130,7 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 		reportDropped: map[string]bool{},
 		formats:       map[string][]int{},
 		readers:       map[int]int{},
+		grants:        map[types.UID]map[string]struct{}{},
 		demand:        demand{byNode: map[string][]demandKey{}, states: map[demandKey]*demandState{}},
 	}
 	t.resources = impsync.NewMirror(impsync.MirrorConfig[*v1alpha1.ImagePullSecret]{
@@ -221,6 +224,11 @@ func imagesListWatch(c *Coordinator) cache.ListerWatcher {
 func (t *term) run(ctx context.Context) error {
 	t.metrics.reset()
 	defer t.metrics.reset()
+	t.Coordinator.term.Store(t)
+	defer func() {
+		t.Coordinator.term.Store(nil)
+		t.releaseAllTokens()
+	}()
 	ctx, cancel := context.WithCancelCause(ctx)
 	t.stop = func(err error) { cancel(err) }
 	work, finish := impsync.WithGrace(ctx)

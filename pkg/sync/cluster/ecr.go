@@ -1,0 +1,201 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	"github.com/imps-node/imps/pkg/dockerconfig"
+)
+
+// ecrSecretType is banzaicloud/imps's type of a Secret with AWS keys.
+const ecrSecretType = "banzaicloud.io/aws-ecr-login-config"
+
+// ecrUsername is the user of every ECR token.
+const ecrUsername = "AWS"
+
+// ErrIdentityChanged and ErrNoCredentials are what a Token's error may be.
+var (
+	ErrIdentityChanged = errors.New("the coordinator's AWS identity has changed")
+	ErrNoCredentials   = errors.New("the coordinator has no AWS credentials")
+)
+
+// Grant is a token of ECR to ask for: by whom, and where.
+type Grant interface {
+	// ID changes with everything that changes who asks, or where. It may be derived from credentials.
+	ID() string
+}
+
+// Registry is an ECR registry, and the grant whose token opens it.
+type Registry struct {
+	Host  string
+	Grant Grant
+}
+
+// Token is one that ECR has given out. Issued and Expires are by the clock of AWS.
+type Token struct {
+	Password        dockerconfig.Sensitive
+	Issued, Expires time.Time
+	// Principal is who asked for it, where that was the coordinator itself.
+	Principal string
+}
+
+// equal reports whether both are the same token.
+func (t Token) equal(other Token) bool {
+	return t.Password.Equal(other.Password) && t.Issued.Equal(other.Issued) && t.Expires.Equal(other.Expires) && t.Principal == other.Principal
+}
+
+// TokenStatus is what is known of a grant.
+type TokenStatus struct {
+	// Token may be used; its Password is empty where there is none.
+	Token Token
+	// Err says why there is no new one, also where the last one is still good.
+	Err error
+	// Pending: nothing is known yet.
+	Pending bool
+}
+
+// Wanted is a grant that a resource wants, and its token from before, if any.
+type Wanted struct {
+	Grant Grant
+	Known Token
+}
+
+// ECRSources knows what a source asks ECR for. Errors are those of the source.
+type ECRSources interface {
+	// Secret is one of the type banzaicloud.io/aws-ecr-login-config.
+	Secret(data map[string][]byte) ([]Registry, error)
+	// Spec is the inline form.
+	Spec(spec v1alpha1.ECRSource) ([]Registry, error)
+}
+
+// Tokens mints tokens and renews them. It calls Coordinator.TokenChanged where a status changes.
+type Tokens interface {
+	// Use says which grants a user wants from now on, none to end it.
+	Use(user string, wanted []Wanted)
+	Status(grant Grant) TokenStatus
+}
+
+// ecrKey is the key of an inline ECR source in status.sourceSecretStatus.
+func ecrKey(spec v1alpha1.ECRSource) string {
+	if len(spec.Registries) == 0 {
+		return "ecr."
+	}
+	return "ecr." + spec.Registries[0]
+}
+
+// registriesOf returns what an inline ECR source asks for.
+func (c *Coordinator) registriesOf(spec v1alpha1.ECRSource) ([]Registry, error) {
+	if c.config.ECRSources == nil {
+		return nil, fmt.Errorf("ecr sources are %w", errNotSupported)
+	}
+	return c.config.ECRSources.Spec(spec)
+}
+
+// useTokens asks for the tokens of all ECR sources of a resource, and returns those that may be used, by the grant's ID.
+func (t *term) useTokens(user types.UID, credentials []credential, known map[string]Token) map[string]Token {
+	if t.config.Tokens == nil {
+		return nil
+	}
+	var wanted []Wanted
+	ids := map[string]struct{}{}
+	for _, c := range credentials {
+		for _, r := range c.registries {
+			id := r.Grant.ID()
+			if _, ok := ids[id]; !ok {
+				ids[id] = struct{}{}
+				wanted = append(wanted, Wanted{Grant: r.Grant, Known: known[id]})
+			}
+		}
+	}
+	t.change(func() {
+		if len(ids) == 0 {
+			delete(t.grants, user)
+		} else {
+			t.grants[user] = ids
+		}
+	})
+	t.config.Tokens.Use(string(user), wanted)
+	tokens := map[string]Token{}
+	for i := range credentials {
+		t.readTokens(&credentials[i], tokens)
+	}
+	return tokens
+}
+
+// readTokens fills an ECR source in with the tokens that there are.
+func (t *term) readTokens(c *credential, tokens map[string]Token) {
+	if c.err != nil || len(c.registries) == 0 {
+		return
+	}
+	c.current = true
+	var entries []dockerconfig.Entry
+	told := map[string]struct{}{}
+	for _, r := range c.registries {
+		id := r.Grant.ID()
+		s := t.config.Tokens.Status(r.Grant)
+		c.pending = c.pending || s.Pending
+		if _, ok := told[id]; !ok && s.Err != nil {
+			c.err = errors.Join(c.err, s.Err)
+		}
+		told[id] = struct{}{}
+		if s.Token.Password.IsZero() {
+			continue
+		}
+		tokens[id] = s.Token
+		if c.expires.IsZero() || s.Token.Expires.Before(c.expires) {
+			c.expires = s.Token.Expires
+		}
+		entries = append(entries, dockerconfig.Entry{
+			Key: dockerconfig.NewSensitive(r.Host), Username: dockerconfig.NewSensitive(ecrUsername), Password: s.Token.Password,
+		})
+	}
+	config, err := dockerconfig.New(entries...)
+	if err != nil {
+		c.err, c.current = fmt.Errorf("tokens: %w", err), false
+		return
+	}
+	c.config = config
+}
+
+// releaseTokens ends what a resource wanted.
+func (t *term) releaseTokens(user types.UID) {
+	if t.config.Tokens == nil {
+		return
+	}
+	t.change(func() { delete(t.grants, user) })
+	t.config.Tokens.Use(string(user), nil)
+}
+
+// releaseAllTokens ends what all resources wanted: another coordinator goes on.
+func (t *term) releaseAllTokens() {
+	t.mu.Lock()
+	users := slices.Collect(maps.Keys(t.grants))
+	t.mu.Unlock()
+	for _, user := range users {
+		t.releaseTokens(user)
+	}
+}
+
+// tokenChanged has the resources looked at that use a grant.
+func (t *term) tokenChanged(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for user, ids := range t.grants {
+		if _, ok := ids[id]; ok {
+			t.resourceQueue.Add(user)
+		}
+	}
+}
+
+// TokenChanged is to be called with the ID of a grant whose status has changed.
+func (c *Coordinator) TokenChanged(id string) {
+	if t := c.term.Load(); t != nil {
+		t.tokenChanged(id)
+	}
+}
