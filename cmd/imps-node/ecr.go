@@ -63,6 +63,8 @@ func (t *ecrTokens) Use(user string, wanted []cluster.Wanted) {
 	t.tokens.Use(user, wants...)
 }
 
+func (t *ecrTokens) Now() time.Time { return t.tokens.Now() }
+
 func (t *ecrTokens) Status(grant cluster.Grant) cluster.TokenStatus {
 	s := t.tokens.Status(grant.(ecr.Grant))
 	return cluster.TokenStatus{Token: cluster.Token(s.Token), Err: classified(s.Err), Pending: s.Pending}

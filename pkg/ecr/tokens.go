@@ -67,6 +67,8 @@ type Minter interface {
 	Mint(ctx context.Context, grant Grant) (Reply, error)
 	// Principal asks who the process itself is.
 	Principal(ctx context.Context, region string) (string, error)
+	// Forget drops what is kept for a grant, as credentials of a role.
+	Forget(grant Grant)
 }
 
 // ErrWait: another try helps only once somebody has changed something, here or at AWS.
@@ -147,8 +149,8 @@ type grantState struct {
 	answered bool
 	// next is when the next call is due.
 	next time.Time
-	// offered: the token is one from before, and it is not known yet whether the process is still the same.
-	offered bool
+	// renewal is when the token has lived for half of its life, and a little more.
+	renewal time.Time
 }
 
 // New returns Tokens that know of no grant yet.
@@ -210,6 +212,7 @@ func (t *Tokens) Use(user string, wants ...Wanted) {
 				g.stop()
 			}
 			delete(t.grants, id)
+			t.config.Minter.Forget(g.grant)
 		}
 	}
 }
@@ -225,16 +228,23 @@ func (t *Tokens) take(g *grantState, token Token) {
 		t.base, t.baseAt = token.Issued, t.config.Clock.Boot()
 	}
 	g.token, g.answered, g.none = token, true, false
+	g.renewal = renewal(token)
 	if g.failures == 0 {
-		g.next = renewal(token)
-		if g.offered = g.asItself(); g.offered {
-			g.next = t.now()
+		if g.next = g.renewal; g.asItself() {
+			g.next = t.now() // is it still the same that asked for it?
 		}
 	}
 	select {
 	case g.wake <- struct{}{}:
 	default:
 	}
+}
+
+// Now is the time at AWS, as far as is known.
+func (t *Tokens) Now() time.Time {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.now()
 }
 
 // Status returns what is known of a grant; of one that nobody uses, that it is pending.
@@ -312,8 +322,9 @@ func (t *Tokens) keep(ctx context.Context, g *grantState) {
 func (t *Tokens) call(ctx context.Context, g *grantState) {
 	principal := ""
 	if g.asItself() {
-		principal = t.whoIsIt(ctx, g.grant.Region)
-		due, changed := t.isDue(g, principal)
+		var err error
+		principal, err = t.whoIsIt(ctx, g.grant.Region)
+		due, changed := t.isDue(g, principal, err)
 		if changed {
 			t.config.Changed(g.id)
 		}
@@ -358,29 +369,29 @@ func (t *Tokens) call(ctx context.Context, g *grantState) {
 		g.err, g.since, g.failures, g.none = nil, time.Time{}, 0, token.IsZero()
 		g.token, g.success = token, now
 		if g.next = now.Add(waitBackoff); !g.none {
-			g.next = renewal(token)
+			g.renewal = renewal(token)
+			g.next = g.renewal
 		}
 	}
 	t.mu.Unlock()
 	t.config.Changed(g.id)
 }
 
-// whoIsIt asks who the process itself is, until it is known. Where nobody answers, as where STS cannot be reached, that
-// is no reason not to ask for tokens.
-func (t *Tokens) whoIsIt(ctx context.Context, region string) string {
+// whoIsIt asks who the process itself is, until it is known.
+func (t *Tokens) whoIsIt(ctx context.Context, region string) (string, error) {
 	t.mu.Lock()
 	principal := t.principal
 	t.mu.Unlock()
 	if principal != "" {
-		return principal
+		return principal, nil
 	}
-	answer, _, _ := t.identify.Do("", func() (any, error) {
+	answer, err, _ := t.identify.Do("", func() (any, error) {
 		ctx, cancel := context.WithTimeout(ctx, callTimeout)
 		defer cancel()
 		principal, err := t.config.Minter.Principal(ctx, region)
 		if err != nil {
 			t.config.Log.Debug("cannot find out who the coordinator is at AWS", "error", err)
-			return "", nil
+			return "", err
 		}
 		t.mu.Lock()
 		defer t.mu.Unlock()
@@ -388,17 +399,17 @@ func (t *Tokens) whoIsIt(ctx context.Context, region string) string {
 		return principal, nil
 	})
 	principal, _ = answer.(string)
-	return principal
+	return principal, err
 }
 
-// isDue reports whether a new token is to be asked for, with the process being who it is: not as long as one that
-// another has asked for is good, which changes the status, nor before the one from before has lived for half of its life.
-func (t *Tokens) isDue(g *grantState, principal string) (due, changed bool) {
+// isDue reports whether a new token is to be asked for, with the process being who it is: not as long as one is good that
+// another has asked for, or that this process could not have asked for, which changes the status; nor before the one from
+// before has lived for half of its life. Where it is not known who the process is, as where STS cannot be reached, that is
+// no reason not to ask.
+func (t *Tokens) isDue(g *grantState, principal string, unknown error) (due, changed bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := t.now()
-	offered := g.offered
-	g.offered = false
 	if !t.usable(g.token) {
 		return true, false
 	}
@@ -415,10 +426,21 @@ func (t *Tokens) isDue(g *grantState, principal string) (due, changed bool) {
 		}
 		return true, false
 	}
-	if offered {
-		g.next = renewal(g.token)
+	if errors.Is(unknown, ErrNoCredentials) {
+		if g.failures == 0 {
+			g.since = now
+		}
+		g.err = fmt.Errorf("token for %s: %w", g.grant.Scope, unknown)
+		g.failures++
+		g.next = now.Add(waitBackoff)
+		return false, true
 	}
-	return !now.Before(g.next), false
+	if !now.Before(g.renewal) {
+		return true, false
+	}
+	changed = g.err != nil
+	g.next, g.err, g.since, g.failures = g.renewal, nil, time.Time{}, 0
+	return false, changed
 }
 
 // learn takes over AWS's time from a reply to a call that began at a boot time. The caller holds the lock.

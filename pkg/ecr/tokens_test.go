@@ -39,6 +39,7 @@ type world struct {
 	// principal is who the process is, which it cannot find out where that is empty; asked is how often it has tried.
 	principal string
 	asked     int
+	forgotten []string
 
 	tokens *Tokens
 	stop   func()
@@ -98,10 +99,26 @@ func (w *world) Mint(ctx context.Context, grant Grant) (Reply, error) {
 func (w *world) Principal(context.Context, string) (string, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.asked++; w.principal == "" {
+	switch w.asked++; w.principal {
+	case "":
 		return "", errors.New("x")
+	case "nobody":
+		return "", ErrNoCredentials
 	}
 	return w.principal, nil
+}
+
+// is sets who the process is.
+func (w *world) is(principal string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.principal = principal
+}
+
+func (w *world) Forget(grant Grant) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.forgotten = append(w.forgotten, grant.ID())
 }
 
 // answers sets what AWS answers from now on.
@@ -226,6 +243,7 @@ func TestOneCallServesAllWhoAskForTheSame(t *testing.T) {
 
 		w.tokens.Use("0")
 		require.True(t, w.tokens.Status(other).Pending, "nobody wants it any more")
+		require.Equal(t, []string{other.ID()}, w.forgotten)
 		require.NotEmpty(t, password(w.tokens.Status(mine)), "199 others do")
 		for i := range 200 {
 			w.tokens.Use(fmt.Sprint(i))
@@ -589,7 +607,7 @@ func TestACoordinatorThatIsSomebodyElse(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
-				w.principal = test.is
+				w.is(test.is)
 				issued := w.aws().Add(-test.age)
 				w.restart(func() {
 					w.tokens.Use("a", Wanted{test.grant, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour), Principal: test.was}})
@@ -618,4 +636,23 @@ func TestACoordinatorThatIsSomebodyElse(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A coordinator without any credentials says so while the token of another is still good.
+func TestACoordinatorThatIsNobody(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.is("nobody")
+		issued := w.aws().Add(-time.Hour)
+		w.restart(func() {
+			w.tokens.Use("a", Wanted{mine, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour), Principal: "me"}})
+		})
+		require.Zero(t, w.after(time.Second))
+		s := w.tokens.Status(mine)
+		require.Equal(t, "old", password(s))
+		require.ErrorIs(t, s.Err, ErrNoCredentials)
+		w.is("me")
+		require.Zero(t, w.after(waitBackoff))
+		require.NoError(t, w.tokens.Status(mine).Err)
+		require.Equal(t, 1, w.after(6*time.Hour))
+	})
 }

@@ -60,6 +60,10 @@ const (
 	leaseDuration = 15 * time.Second
 	renewDeadline = 10 * time.Second
 	retryPeriod   = 3 * time.Second
+
+	// giveUpInterval is for how long a coordinator leads without AWS credentials once it has given the Lease up for want
+	// of them: nobody else may have any.
+	giveUpInterval = time.Hour
 )
 
 // Any allows every name, as the only element of a list of names.
@@ -112,6 +116,8 @@ type Coordinator struct {
 	guard    leaseGuard
 	// standby: another leads. synced: it leads and has read everything.
 	standby atomic.Bool
+	// gaveUp is when it last gave the Lease up for want of AWS credentials.
+	gaveUp atomic.Pointer[time.Time]
 	// term is the one that it leads.
 	term   atomic.Pointer[term]
 	synced atomic.Bool
@@ -206,7 +212,13 @@ func (c *Coordinator) Run(ctx context.Context) error {
 	}
 	recorder := events.NewRecorder(scheme, corev1.EventSource{Component: impsync.FieldManager})
 	for ctx.Err() == nil {
-		if err := c.compete(ctx, recorder); err != nil && !errors.Is(err, errSuperseded) {
+		err := c.compete(ctx, recorder)
+		switch {
+		case errors.Is(err, ErrNoCredentials):
+			c.standby.Store(true)
+			c.log.Warn("gave the Lease up, so that a coordinator leads that has AWS credentials, if there is one")
+			impsync.Pause(ctx, 2*leaseDuration)
+		case err != nil && !errors.Is(err, errSuperseded):
 			return err
 		}
 	}

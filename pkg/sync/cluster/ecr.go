@@ -79,6 +79,8 @@ type Tokens interface {
 	// Use says which grants a user wants from now on, none to end it.
 	Use(user string, wanted []Wanted)
 	Status(grant Grant) TokenStatus
+	// Now is the time at AWS, as far as is known.
+	Now() time.Time
 }
 
 // ecrKey is the key of an inline ECR source in status.sourceSecretStatus.
@@ -87,6 +89,14 @@ func ecrKey(spec v1alpha1.ECRSource) string {
 		return "ecr."
 	}
 	return "ecr." + spec.Registries[0]
+}
+
+// awsNow is the time by which tokens expire.
+func (c *Coordinator) awsNow() time.Time {
+	if c.config.Tokens == nil {
+		return time.Now()
+	}
+	return c.config.Tokens.Now()
 }
 
 // registriesOf returns what an inline ECR source asks for.
@@ -140,6 +150,9 @@ func (t *term) readTokens(c *credential, tokens map[string]Token) {
 		id := r.Grant.ID()
 		s := t.config.Tokens.Status(r.Grant)
 		c.pending = c.pending || s.Pending
+		if errors.Is(s.Err, ErrNoCredentials) {
+			t.giveUp()
+		}
 		if _, ok := told[id]; !ok && s.Err != nil {
 			c.err = errors.Join(c.err, s.Err)
 		}
@@ -161,6 +174,16 @@ func (t *term) readTokens(c *credential, tokens map[string]Token) {
 		return
 	}
 	c.config = config
+}
+
+// giveUp ends the term for want of AWS credentials, but not again and again.
+func (t *term) giveUp() {
+	now := time.Now()
+	was := t.gaveUp.Load()
+	if was != nil && now.Sub(*was) < giveUpInterval || !t.gaveUp.CompareAndSwap(was, &now) {
+		return
+	}
+	t.stop(ErrNoCredentials)
 }
 
 // releaseTokens ends what a resource wanted.

@@ -8,11 +8,13 @@ import (
 	"slices"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	"github.com/imps-node/imps/pkg/dockerconfig"
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
@@ -196,11 +198,11 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	}
 	credentials := t.readCredentials(r)
 	tokens := t.useTokens(uid, credentials, known.tokens)
-	now := time.Now()
+	now := t.awsNow()
 	resolved := resolve(credentials, known, now)
 	resolved.tokens = tokens
-	for _, expires := range resolved.expires {
-		t.resourceQueue.AddAfter(uid, expires.Sub(now))
+	if !resolved.until.IsZero() {
+		t.resourceQueue.AddAfter(uid, resolved.until.Sub(now))
 	}
 	if resolved.pending {
 		t.change(func() { c.state = known })
@@ -265,8 +267,12 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 	hold := !current.Target.IsZero() && known.incomplete && resolved.incomplete
 	if hold {
 		// What this source gave before is only in the rendered Secret, merged: keep that.
-		if config, err = current.Target.Config(); err != nil {
+		now := t.awsNow()
+		if config, resolved.expiries, err = unexpired(current, now); err != nil {
 			return err, nil
+		}
+		if until := earliest(resolved.expiries); !until.IsZero() {
+			t.resourceQueue.AddAfter(c.ref.UID, until.Sub(now))
 		}
 	}
 	next := impsync.Rendered{Expiries: resolved.expiries, FormatVersion: t.formatVersion(published.FormatVersion), Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods}
@@ -286,6 +292,29 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 		}
 	}
 	return t.publish(ctx, c, r.Generation, known, state{counter: counter, lastGood: resolved.lastGood, expires: resolved.expires, tokens: resolved.tokens, incomplete: hold}, next, selection)
+}
+
+// unexpired returns what was rendered without the credentials that have expired, and when the others do.
+func unexpired(rendered impsync.Rendered, now time.Time) (dockerconfig.Sensitive, map[string]time.Time, error) {
+	held, err := rendered.Target.Config()
+	if err != nil || len(rendered.Expiries) == 0 {
+		return held, nil, err
+	}
+	config, _, err := dockerconfig.Parse(string(corev1.SecretTypeDockerConfigJson), map[string][]byte{corev1.DockerConfigJsonKey: []byte(held.Reveal())})
+	if err != nil {
+		return dockerconfig.Sensitive{}, nil, fmt.Errorf("what was rendered before: %w", err)
+	}
+	expiries := maps.Clone(rendered.Expiries)
+	maps.DeleteFunc(expiries, func(_ string, expires time.Time) bool { return !now.Before(expires) })
+	entries := slices.DeleteFunc(config.Entries(), func(e dockerconfig.Entry) bool {
+		expires, ok := rendered.Expiries[e.Registry()]
+		return ok && !now.Before(expires)
+	})
+	if config, err = dockerconfig.New(entries...); err != nil {
+		return dockerconfig.Sensitive{}, nil, fmt.Errorf("what was rendered before: %w", err)
+	}
+	held, err = config.Render()
+	return held, expiries, err
 }
 
 // earliest is the first of some times, zero where there is none.

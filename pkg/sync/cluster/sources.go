@@ -184,6 +184,8 @@ type resolution struct {
 	tokens map[string]Token
 	// expiries are when the entries of config expire, by registry, those that do.
 	expiries map[string]time.Time
+	// until is when credentials expire that nobody else watches over; zero where there are none.
+	until time.Time
 	// identityChanged: the coordinator is not who it was when it asked for a token.
 	identityChanged bool
 	// sources is status.sourceSecretStatus.
@@ -211,13 +213,16 @@ func resolve(credentials []credential, known *state, now time.Time) resolution {
 			r.sources[c.key] = v1alpha1.SourceOK
 		default:
 			r.sources[c.key] = impsync.Explain(c.err)
-			if !c.current {
+			if c.current {
+				good = len(config.Entries()) > 0
+			} else {
 				config, good = known.lastGood[c.key]
 				expires = known.expires[c.key]
-			} else {
-				good = len(config.Entries()) > 0
+				good = good && (expires.IsZero() || now.Before(expires))
 			}
-			good = good && (expires.IsZero() || now.Before(expires))
+			if good && !c.current && !expires.IsZero() && (r.until.IsZero() || expires.Before(r.until)) {
+				r.until = expires
+			}
 			switch {
 			case c.withdrawn:
 				good = false

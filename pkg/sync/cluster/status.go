@@ -136,7 +136,7 @@ func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
 	if status.Status == v1alpha1.StatusReady {
 		status.LastSuccessfulReconciliation = &now
 	}
-	status.ValiditySeconds = validity(expires, now.Time)
+	status.ValiditySeconds = validity(expires, t.awsNow())
 	t.change(func() { c.statusWritten = time.Now() }) // or tried: that is paced as well
 	if err := t.writeStatus(ctx, r, status); err != nil {
 		return err
