@@ -117,7 +117,7 @@ type Tokens struct {
 	mints   *prometheus.CounterVec
 
 	mu      sync.Mutex
-	run     context.Context // nil before Run
+	run     context.Context // nil where it does not run
 	running sync.WaitGroup
 	grants  map[string]*grantState
 	// base is the time of AWS at boot time baseAt.
@@ -170,6 +170,9 @@ func (t *Tokens) Run(ctx context.Context) {
 	}
 	t.mu.Unlock()
 	<-ctx.Done()
+	t.mu.Lock()
+	t.run = nil // nothing is started any more
+	t.mu.Unlock()
 	t.running.Wait()
 }
 

@@ -656,3 +656,19 @@ func TestACoordinatorThatIsNobody(t *testing.T) {
 		require.Equal(t, 1, w.after(6*time.Hour))
 	})
 }
+
+// Who wants tokens while it stops gets none.
+func TestNothingIsStartedOnceItStops(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.tokens.Use("a", want(mine))
+		w.after(time.Second)
+		var using sync.WaitGroup
+		for i := range 100 {
+			using.Go(func() { w.tokens.Use(fmt.Sprint(i), want(Grant{Scope: beijing})) })
+		}
+		w.stop()
+		using.Wait()
+		w.after(0)
+		require.Zero(t, w.after(24*time.Hour))
+	})
+}

@@ -185,7 +185,7 @@ func TestPullsDuringRotations(t *testing.T) {
 	for _, g := range s.aws.Grants() {
 		s.aws.Revoke(g.Password)
 	}
-	require.ErrorContains(t, s.pull(namespaces[0], h), "401", "the registry does look")
+	require.ErrorContains(t, s.pull(namespaces[0], h), "DENIED", "the registry does look")
 }
 
 // AWS fails: what is good stays until its end, the status and an Event tell before it, and then only what has expired goes.

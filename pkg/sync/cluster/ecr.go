@@ -143,7 +143,7 @@ func (t *term) readTokens(c *credential, tokens map[string]Token) {
 	if c.err != nil || len(c.registries) == 0 {
 		return
 	}
-	c.current = true
+	c.current, c.expiries = true, map[string]time.Time{}
 	var entries []dockerconfig.Entry
 	told := map[string]struct{}{}
 	for _, r := range c.registries {
@@ -161,9 +161,7 @@ func (t *term) readTokens(c *credential, tokens map[string]Token) {
 			continue
 		}
 		tokens[id] = s.Token
-		if c.expires.IsZero() || s.Token.Expires.Before(c.expires) {
-			c.expires = s.Token.Expires
-		}
+		c.expiries[r.Host] = s.Token.Expires
 		entries = append(entries, dockerconfig.Entry{
 			Key: dockerconfig.NewSensitive(r.Host), Username: dockerconfig.NewSensitive(ecrUsername), Password: s.Token.Password,
 		})

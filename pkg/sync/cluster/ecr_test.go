@@ -195,7 +195,7 @@ func TestTokensOfASourceThatCannotBeReadAnyMoreStayUntilTheyExpire(t *testing.T)
 // Where a docker config that is listed later has the same registry, that does not expire.
 func TestTheExpiryOfARegistryIsThatOfTheLastListed(t *testing.T) {
 	t.Parallel()
-	token := credential{key: "ecr", config: configOf(t, "1.eu=t", "2.eu=t"), expires: noon, current: true}
+	token := credential{key: "ecr", config: configOf(t, "1.eu=t", "2.eu=t"), expiries: map[string]time.Time{"1.eu": noon, "2.eu": noon}, current: true}
 	static := credential{key: "static", config: configOf(t, "1.eu=s")}
 	require.Equal(t, map[string]time.Time{"2.eu": noon}, resolve([]credential{token, static}, &state{}, noon).expiries)
 	require.Equal(t, map[string]time.Time{"1.eu": noon, "2.eu": noon}, resolve([]credential{static, token}, &state{}, noon).expiries)
@@ -278,7 +278,7 @@ func TestTheStatusTellsHowLongCredentialsAreGood(t *testing.T) {
 
 func TestTheStatusSaysThatTheIdentityHasChanged(t *testing.T) {
 	t.Parallel()
-	credentials := []credential{{key: "ecr.1.eu", err: fmt.Errorf("x: %w", ErrIdentityChanged), config: configOf(t, "1.eu=t"), expires: noon.Add(time.Hour), current: true}}
+	credentials := []credential{{key: "ecr.1.eu", err: fmt.Errorf("x: %w", ErrIdentityChanged), config: configOf(t, "1.eu=t"), expiries: map[string]time.Time{"1.eu": noon.Add(time.Hour)}, current: true}}
 	r := resolve(credentials, &state{}, noon)
 	require.True(t, r.identityChanged)
 	c := &claim{sources: r.sources, identityChanged: r.identityChanged}

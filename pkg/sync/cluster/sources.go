@@ -56,8 +56,8 @@ type credential struct {
 	config dockerconfig.Config
 	// registries are those of an ECR source.
 	registries []Registry
-	// expires is when the first entry of config expires, by the clock of AWS; zero where none does.
-	expires time.Time
+	// expiries are when entries of config expire, by registry and the clock of AWS, those that do.
+	expiries map[string]time.Time
 	// current: config is what may be used now, whatever err says.
 	current bool
 	err     error
@@ -203,7 +203,7 @@ func resolve(credentials []credential, known *state, now time.Time) resolution {
 	r := resolution{lastGood: map[string]dockerconfig.Config{}, sources: map[string]string{}, expires: map[string]time.Time{}, expiries: map[string]time.Time{}}
 	var configs []dockerconfig.Config
 	for _, c := range credentials {
-		config, good, expires := c.config, true, c.expires
+		config, good, expires := c.config, true, earliest(c.expiries)
 		r.identityChanged = r.identityChanged || errors.Is(c.err, ErrIdentityChanged)
 		switch {
 		case c.pending:
@@ -243,7 +243,10 @@ func resolve(credentials []credential, known *state, now time.Time) resolution {
 			r.expires[c.key] = expires
 		}
 		for _, e := range config.Entries() { // the last listed wins
-			if delete(r.expiries, e.Registry()); !expires.IsZero() {
+			delete(r.expiries, e.Registry())
+			if at, ok := c.expiries[e.Registry()]; ok {
+				r.expiries[e.Registry()] = at
+			} else if !expires.IsZero() {
 				r.expiries[e.Registry()] = expires
 			}
 		}
