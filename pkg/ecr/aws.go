@@ -37,7 +37,7 @@ const (
 	maxBodyBytes = 256 << 10
 )
 
-// ErrNoCredentials: the process has no AWS credentials of its own. It is ErrWait, too.
+// ErrNoCredentials says that the process has no AWS credentials of its own. It is ErrWait, too.
 var ErrNoCredentials = fmt.Errorf("there are no AWS credentials for the coordinator itself (IRSA, Pod Identity, environment, profile or instance profile): %w", ErrWait)
 
 // AWSOptions of AWS.
@@ -308,7 +308,7 @@ func (b *boundedBody) Read(p []byte) (int, error) {
 	if b.left -= n; b.left < 0 {
 		return 0, errTooLong
 	}
-	if err != nil && err != io.EOF { //nolint:errorlint // as io.Reader has it
+	if err != nil && err != io.EOF {
 		return n, errBroken
 	}
 	return n, err
@@ -360,12 +360,10 @@ func explain(ctx context.Context, err error) error {
 		}
 		during = operation.OperationName + ": "
 	}
-	var refusal smithy.APIError
-	if errors.As(err, &refusal) {
+	if refusal, ok := errors.AsType[smithy.APIError](err); ok {
 		return refused(during, err, refusal)
 	}
-	var noCredentials credentialsError
-	if errors.As(err, &noCredentials) {
+	if _, ok := errors.AsType[credentialsError](err); ok {
 		if operation != nil && operation.ServiceID == "ec2imds" {
 			return ErrNoCredentials // the last that the SDK looks for
 		}
@@ -395,8 +393,7 @@ func refused(during string, err error, refusal smithy.APIError) error {
 		}
 		return errors.New(text)
 	}
-	var answer *awshttp.ResponseError
-	if errors.As(err, &answer) {
+	if answer, ok := errors.AsType[*awshttp.ResponseError](err); ok {
 		return fmt.Errorf("%sAWS answers with HTTP status %d (%s)", during, answer.HTTPStatusCode(), code)
 	}
 	return fmt.Errorf("%sAWS fails (%s)", during, code)

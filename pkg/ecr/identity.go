@@ -26,7 +26,7 @@ const (
 	keyExternalID   = "externalID"
 )
 
-// ErrIdentity: an identity is not complete, or not well-formed.
+// ErrIdentity says that an identity is not complete, or not well-formed.
 var ErrIdentity = errors.New("not an AWS identity")
 
 // Identity is who asks for tokens: keys, or without any the ambient identity of the process itself (IRSA, Pod

@@ -74,7 +74,7 @@ func (t *Tokens) Collect(metrics chan<- prometheus.Metric) {
 	t.mu.Lock()
 	skew := t.skew
 	for _, g := range t.grants {
-		k := key{g.grant.Scope.String(), g.grant.Who()}
+		k := key{g.grant.String(), g.grant.Who()}
 		w := all[k]
 		w.expiry, w.success, w.failures = earlier(w.expiry, g.token.Expires), earlier(w.success, g.success), max(w.failures, g.failures)
 		all[k] = w

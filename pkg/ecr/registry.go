@@ -12,7 +12,7 @@ import (
 	"strings"
 )
 
-// ErrRegistry: a host is not that of an ECR registry.
+// ErrRegistry says that a host is not that of an ECR registry.
 var ErrRegistry = errors.New("not an ECR registry")
 
 // Scope is where a token is valid.

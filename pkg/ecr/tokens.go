@@ -71,10 +71,10 @@ type Minter interface {
 	Forget(grant Grant)
 }
 
-// ErrWait: another try helps only once somebody has changed something, here or at AWS.
+// ErrWait says that another try helps only once somebody has changed something, here or at AWS.
 var ErrWait = errors.New("somebody has to mend this")
 
-// ErrIdentityChanged: the process is not who it was when it asked for a token. What that one could read, this one may
+// ErrIdentityChanged says that the process is not who it was when it asked for a token. What that one could read, this one may
 // not be able to; so the token stays in use until it expires.
 var ErrIdentityChanged = errors.New("the coordinator's AWS identity has changed")
 
@@ -166,7 +166,7 @@ func (t *Tokens) Run(ctx context.Context) {
 	t.mu.Lock()
 	t.run = ctx
 	for _, g := range t.grants {
-		t.start(g)
+		t.start(g) //nolint:contextcheck // it is t.run
 	}
 	t.mu.Unlock()
 	<-ctx.Done()
@@ -276,7 +276,7 @@ func (g *grantState) asItself() bool { return g.grant.Ambient() && g.grant.RoleA
 // renewal is when a token is to be renewed: at half of its life, and a little later, each at another moment.
 func renewal(token Token) time.Time {
 	life := token.Expires.Sub(token.Issued)
-	return token.Issued.Add(life/2 + rand.N(life/20+1))
+	return token.Issued.Add(life/2 + rand.N(life/20+1)) //nolint:gosec // jitter is no secret
 }
 
 // start runs the schedule of a grant. The caller holds the lock.
@@ -474,5 +474,5 @@ func backoff(err error, failures int) time.Duration {
 	if failures < 9 {
 		ceiling = min(ceiling, 2*minBackoff<<failures)
 	}
-	return minBackoff + rand.N(ceiling-minBackoff)
+	return minBackoff + rand.N(ceiling-minBackoff) //nolint:gosec // jitter is no secret
 }

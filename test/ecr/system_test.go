@@ -154,7 +154,7 @@ func (s *system) findCanaries() {
 	logs, err := filepath.Glob(filepath.Join(s.dir, "*.log"))
 	require.NoError(s.t, err)
 	for _, log := range logs {
-		raw, err := os.ReadFile(log) //nolint:gosec // of the test
+		raw, err := os.ReadFile(log)
 		require.NoError(s.t, err)
 		look(log, string(raw))
 		require.NotContains(s.t, string(raw), "DATA RACE", log)
@@ -401,7 +401,7 @@ type hub struct {
 
 func buildRegistry(ctx context.Context, dir string) (string, error) {
 	path := filepath.Join(dir, "registry")
-	out, err := exec.CommandContext(ctx, "go", "build", "-C", filepath.Join(root, "test/fakeaws/registry"), "-o", path, ".").CombinedOutput() //nolint:gosec // of the repository
+	out, err := exec.CommandContext(ctx, "go", "build", "-C", filepath.Join(root, "test/fakeaws/registry"), "-o", path, ".").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("build the registry: %w: %s", err, out)
 	}
@@ -417,7 +417,7 @@ func (s *system) hub(host, region string) *hub {
 	require.NoError(s.t, listener.Close())
 	config := filepath.Join(s.dir, "registry.yaml")
 	require.NoError(s.t, os.WriteFile(config, []byte(`{version: 0.1, log: {level: error, accesslog: {disabled: true}}, storage: {inmemory: {}}, http: {addr: "`+address+`", secret: x}}`), 0o600))
-	cmd := exec.CommandContext(context.WithoutCancel(s.t.Context()), registry, "serve", config) //nolint:gosec // what was just built
+	cmd := exec.CommandContext(context.WithoutCancel(s.t.Context()), registry, "serve", config)
 	cmd.Env = []string{"OTEL_TRACES_EXPORTER=none"}
 	require.NoError(s.t, control.Start(cmd))
 	ended := make(chan struct{})

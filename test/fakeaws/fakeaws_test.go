@@ -2,7 +2,6 @@ package fakeaws
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -30,7 +29,7 @@ func ask(t *testing.T, key Key, at time.Time, edits ...func(*http.Request)) *htt
 	r.Header.Set("X-Amz-Target", target)
 	hash := sha256.Sum256(body)
 	credentials := aws.Credentials{AccessKeyID: key.AccessKeyID, SecretAccessKey: key.SecretAccessKey, SessionToken: key.SessionToken}
-	require.NoError(t, v4.NewSigner().SignHTTP(context.Background(), credentials, r, hex.EncodeToString(hash[:]), "ecr", "eu-central-1", at))
+	require.NoError(t, v4.NewSigner().SignHTTP(t.Context(), credentials, r, hex.EncodeToString(hash[:]), "ecr", "eu-central-1", at))
 	for _, edit := range edits {
 		edit(r)
 	}

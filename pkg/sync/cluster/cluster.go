@@ -118,8 +118,8 @@ type Coordinator struct {
 	standby atomic.Bool
 	// gaveUp is when it last gave the Lease up for want of AWS credentials.
 	gaveUp atomic.Pointer[time.Time]
-	// term is the one that it leads.
-	term   atomic.Pointer[term]
+	// leads is the term that it leads, nil where it does not.
+	leads  atomic.Pointer[term]
 	synced atomic.Bool
 }
 

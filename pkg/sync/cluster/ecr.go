@@ -216,7 +216,7 @@ func (t *term) tokenChanged(id string) {
 
 // TokenChanged is to be called with the ID of a grant whose status has changed.
 func (c *Coordinator) TokenChanged(id string) {
-	if t := c.term.Load(); t != nil {
+	if t := c.leads.Load(); t != nil {
 		t.tokenChanged(id)
 	}
 }

@@ -1,7 +1,6 @@
 package cluster
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -218,9 +217,9 @@ func TestTheTokensOfAnEarlierTermAreHandedOn(t *testing.T) {
 	require.Equal(t, []string{"uid-a"}, term.queuedResources())
 	term.tokenChanged("gone")
 	require.Empty(t, term.queuedResources())
-	term.Coordinator.TokenChanged("us") // nobody leads
-	term.Coordinator.term.Store(term)
-	term.Coordinator.TokenChanged("us")
+	term.TokenChanged("us") // nobody leads
+	term.leads.Store(term)
+	term.TokenChanged("us")
 	require.Equal(t, []string{"uid-a"}, term.queuedResources())
 
 	r = withSources(t)
@@ -319,11 +318,11 @@ func TestAResourceWaitsForItsTokens(t *testing.T) {
 		c := newClaim(r, impsync.Rendered{})
 		c.state = &state{}
 		s.claims[r.UID] = c
-		require.NoError(t, s.reconcileResource(context.Background(), r.UID))
+		require.NoError(t, s.reconcileResource(t.Context(), r.UID))
 		require.Empty(t, s.server().asked(), "it is brought back once there is an answer")
 		require.True(t, c.unread)
 		ecr.statuses["eu"] = TokenStatus{Token: tokenOf(canary, 12)}
-		err := s.reconcileResource(context.Background(), r.UID)
+		err := s.reconcileResource(t.Context(), r.UID)
 		require.Error(t, err, "there is no server")
 		requireSilent(t, err.Error())
 		require.Equal(t, []string{"POST /api/v1/namespaces/imps-system/secrets"}, s.server().asked(), "its state first")

@@ -224,9 +224,9 @@ func imagesListWatch(c *Coordinator) cache.ListerWatcher {
 func (t *term) run(ctx context.Context) error {
 	t.metrics.reset()
 	defer t.metrics.reset()
-	t.Coordinator.term.Store(t)
+	t.leads.Store(t)
 	defer func() {
-		t.Coordinator.term.Store(nil)
+		t.leads.Store(nil)
 		t.releaseAllTokens()
 	}()
 	ctx, cancel := context.WithCancelCause(ctx)
