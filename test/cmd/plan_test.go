@@ -189,6 +189,9 @@ func TestPlanOfASmallCluster(t *testing.T) {
 	hub := source(t, corev1.SecretTypeDockerConfigJson, dockerConfig("https://index.docker.io/v1/", "ghcr.io"))
 	mirror := source(t, corev1.SecretTypeDockerConfigJson, dockerConfig("docker.io", "quay.io"))
 	broken := source(t, corev1.SecretTypeOpaque, map[string][]byte{"password": []byte(canary)})
+	keys := source(t, "banzaicloud.io/aws-ecr-login-config", map[string][]byte{
+		"accountID": []byte("210987654321"), "region": []byte("eu-central-1"), "accessKeyID": []byte("AKIA" + canary), "secretKey": []byte(canary),
+	})
 
 	// Where creation times are equal, in whole seconds, the name decides.
 	older, self, younger := "a-"+team, "b-"+team, "c-"+team
@@ -212,6 +215,8 @@ func TestPlanOfASmallCluster(t *testing.T) {
       - {name: ` + broken + `, namespace: registry-access}
       - {name: any, namespace: elsewhere}
       - ecr: {registries: [123456789012.dkr.ecr.eu-central-1.amazonaws.com]}
+      - ecr: {registries: [ecr.example.com]}
+      - {name: ` + keys + `, namespace: registry-access}
       - {name: ` + mirror + `, namespace: registry-access}`
 	resource(t, `{name: `+self+`}`, spec)
 	resource(t, `{name: `+younger+`}`, `
@@ -233,7 +238,7 @@ func TestPlanOfASmallCluster(t *testing.T) {
 	}, got.outcomes())
 	require.ElementsMatch(t, []string{
 		"ForeignSecret " + foreign, "OlderResource " + claimed, "YoungerResource " + lost,
-		"SourceFailed", "SourceFailed", "NotAllowed", "NotSupported", "NotSupported",
+		"SourceFailed", "SourceFailed", "SourceFailed", "NotAllowed", "NotSupported",
 	}, got.conflicts())
 	registries := map[string]string{}
 	for _, r := range got.Registries {
@@ -243,6 +248,8 @@ func TestPlanOfASmallCluster(t *testing.T) {
 		"docker.io": sourceNamespace + "." + mirror + " over " + sourceNamespace + "." + hub,
 		"ghcr.io":   sourceNamespace + "." + hub,
 		"quay.io":   sourceNamespace + "." + mirror,
+		"123456789012.dkr.ecr.eu-central-1.amazonaws.com": "ecr.123456789012.dkr.ecr.eu-central-1.amazonaws.com",
+		"210987654321.dkr.ecr.eu-central-1.amazonaws.com": sourceNamespace + "." + keys,
 	}, registries)
 	require.Equal(t, []string{
 		"namespaces that get nothing, as --excluded-namespaces (nothing, " + excluded + ") has them: 1",
@@ -254,7 +261,7 @@ func TestPlanOfASmallCluster(t *testing.T) {
 	code, table, _ := plan(t, who, manifest(`{name: `+self+`}`, spec))
 	require.Equal(t, 2, code)
 	for _, want := range []string{
-		"ImagePullSecret " + self + " (exists), Secret imps-pull-secret: 8 namespaces, 3 registries, 8 conflicts\n",
+		"ImagePullSecret " + self + " (exists), Secret imps-pull-secret: 8 namespaces, 5 registries, 8 conflicts\n",
 		"name,label    create", "label         foreign", "ForeignSecret     " + foreign,
 		"SourceFailed      -", "source " + sourceNamespace + ".gone: not found",
 		`source elsewhere.any: namespace "elsewhere" is not in --source-namespaces (registry-access): add it to the chart's value sourceNamespaces`,

@@ -21,6 +21,8 @@ type PlanConfig struct {
 	Excluded          impsync.Exclusion
 	// Alongside are ImagePullSecrets that are put into the cluster at the same time.
 	Alongside []*v1alpha1.ImagePullSecret
+	// ECRSources knows what ECR sources ask for; a plan asks for no token.
+	ECRSources ECRSources
 }
 
 // PlanResult is what an ImagePullSecret would do in the cluster as it is now. It holds no
@@ -120,7 +122,8 @@ func Plan(ctx context.Context, config PlanConfig, r *v1alpha1.ImagePullSecret) (
 	coordinator, err := New(Config{
 		Namespace: "none", RenderedNamespace: "none-either", Identity: "none",
 		TargetSecretNames: config.TargetSecretNames, SourceNamespaces: config.SourceNamespaces, Excluded: config.Excluded,
-		Client: config.Client, Registry: prometheus.NewRegistry(), Log: slog.New(slog.DiscardHandler),
+		ECRSources: config.ECRSources,
+		Client:     config.Client, Registry: prometheus.NewRegistry(), Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		return PlanResult{}, err
