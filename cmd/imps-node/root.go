@@ -16,7 +16,7 @@ func newRootCommand(getenv func(string) string) *cobra.Command {
 into pull Secrets in the namespaces that they select, before the first pull.
 
 Exit codes:
-  0  all went well; "run" was asked to stop by SIGTERM or SIGINT, "plan" found no conflict
+  0  all went well; "run" or "refresh" was asked to stop by SIGTERM or SIGINT, "plan" found no conflict
   1  an error: a bad flag, an API server that refuses, a duty that cannot go on
   2  "plan" found conflicts`,
 		Args:          noArguments,
@@ -25,7 +25,7 @@ Exit codes:
 		SilenceUsage:  true,
 	}
 	root.SetFlagErrorFunc(usageError)
-	root.AddCommand(newRunCommand(getenv), newPlanCommand(getenv), newVersionCommand())
+	root.AddCommand(newRunCommand(getenv), newPlanCommand(getenv), newRefreshCommand(getenv), newVersionCommand())
 	return root
 }
 

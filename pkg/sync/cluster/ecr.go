@@ -112,6 +112,28 @@ func (t *term) useTokens(user types.UID, credentials []credential, known map[str
 	if t.config.Tokens == nil {
 		return nil
 	}
+	wanted := wantedBy(credentials, known)
+	t.change(func() { // first, so that no change is missed
+		delete(t.grants, user)
+		if len(wanted) > 0 {
+			t.grants[user] = map[string]struct{}{}
+		}
+		for _, w := range wanted {
+			t.grants[user][w.Grant.ID()] = struct{}{}
+		}
+	})
+	t.config.Tokens.Use(string(user), wanted)
+	tokens := readTokens(t.config.Tokens, credentials)
+	for _, c := range credentials {
+		if errors.Is(c.err, ErrNoCredentials) {
+			t.giveUp()
+		}
+	}
+	return tokens
+}
+
+// wantedBy returns the grants of all ECR sources among some, each once.
+func wantedBy(credentials []credential, known map[string]Token) []Wanted {
 	var wanted []Wanted
 	ids := map[string]struct{}{}
 	for _, c := range credentials {
@@ -123,23 +145,20 @@ func (t *term) useTokens(user types.UID, credentials []credential, known map[str
 			}
 		}
 	}
-	t.change(func() {
-		if len(ids) == 0 {
-			delete(t.grants, user)
-		} else {
-			t.grants[user] = ids
-		}
-	})
-	t.config.Tokens.Use(string(user), wanted)
+	return wanted
+}
+
+// readTokens fills all ECR sources among some in, and returns the tokens that may be used, by the grant's ID.
+func readTokens(from Tokens, credentials []credential) map[string]Token {
 	tokens := map[string]Token{}
 	for i := range credentials {
-		t.readTokens(&credentials[i], tokens)
+		credentials[i].readTokens(from, tokens)
 	}
 	return tokens
 }
 
 // readTokens fills an ECR source in with the tokens that there are.
-func (t *term) readTokens(c *credential, tokens map[string]Token) {
+func (c *credential) readTokens(from Tokens, tokens map[string]Token) {
 	if c.err != nil || len(c.registries) == 0 {
 		return
 	}
@@ -148,11 +167,8 @@ func (t *term) readTokens(c *credential, tokens map[string]Token) {
 	told := map[string]struct{}{}
 	for _, r := range c.registries {
 		id := r.Grant.ID()
-		s := t.config.Tokens.Status(r.Grant)
+		s := from.Status(r.Grant)
 		c.pending = c.pending || s.Pending
-		if errors.Is(s.Err, ErrNoCredentials) {
-			t.giveUp()
-		}
 		if _, ok := told[id]; !ok && s.Err != nil {
 			c.err = errors.Join(c.err, s.Err)
 		}

@@ -240,14 +240,14 @@ func TestECRSourcesOfEachForm(t *testing.T) {
 	t.Parallel()
 	term := newTestTerm(t)
 	secret := &corev1.Secret{Type: ecrSecretType, Data: map[string][]byte{"host": []byte("1.eu")}}
-	require.ErrorIs(t, term.sourceOf(secret).err, errNotSupported)
+	require.ErrorIs(t, sourceOf(secret, term.config.ECRSources).err, errNotSupported)
 	require.ErrorIs(t, term.readCredentials(withSources(t, inline("1.eu")))[0].err, errNotSupported)
 	term.inCloud()
-	read := term.sourceOf(secret)
+	read := sourceOf(secret, term.config.ECRSources)
 	require.NoError(t, read.err)
 	require.Equal(t, []Registry{{Host: "1.eu", Grant: grantOf("eu")}}, read.registries)
 	secret.Data["host"] = []byte(canary)
-	require.Error(t, term.sourceOf(secret).err)
+	require.Error(t, sourceOf(secret, term.config.ECRSources).err)
 }
 
 // A coordinator without AWS credentials lets another one lead, and does it itself where nobody else will.

@@ -127,7 +127,7 @@ func (p *planner) planSources(ctx context.Context) error {
 			forbidden = true
 			continue
 		}
-		read := p.sourceOf(secret)
+		read := sourceOf(secret, p.config.ECRSources)
 		if read.err != nil {
 			p.conflict(ConflictSource, "", "source %s: %v", source.key, read.err)
 			continue

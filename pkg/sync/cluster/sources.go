@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	"github.com/imps-node/imps/pkg/dockerconfig"
@@ -23,9 +25,10 @@ var errNotSupported = errors.New("not supported by this version of imps")
 
 // source is the watch of one source Secret, shared by the resources that list it.
 type source struct {
-	mirror *impsync.Mirror[sourceSecret]
-	stop   context.CancelFunc
-	users  map[types.UID]struct{}
+	mirror  *impsync.Mirror[sourceSecret]
+	changed func()
+	stop    context.CancelFunc
+	users   map[types.UID]struct{}
 }
 
 // sourceSecret is what is kept of a source Secret.
@@ -36,12 +39,12 @@ type sourceSecret struct {
 	err        error
 }
 
-func (c *Coordinator) sourceOf(s *corev1.Secret) sourceSecret {
+func sourceOf(s *corev1.Secret, ecr ECRSources) sourceSecret {
 	if s.Type == ecrSecretType {
-		if c.config.ECRSources == nil {
+		if ecr == nil {
 			return sourceSecret{err: fmt.Errorf("sources of type %s are %w", ecrSecretType, errNotSupported)}
 		}
-		registries, err := c.config.ECRSources.Secret(s.Data)
+		registries, err := ecr.Secret(s.Data)
 		return sourceSecret{registries: registries, err: err}
 	}
 	config, _, err := dockerconfig.Parse(string(s.Type), s.Data)
@@ -114,34 +117,41 @@ func (s *source) read(key types.NamespacedName, c *credential) {
 	}
 }
 
+// newSource returns the watch of a source, which tells when what it reads has changed.
+func newSource(key types.NamespacedName, core corev1client.SecretsGetter, ecr ECRSources, changed func(), log *slog.Logger) *source {
+	secrets := core.Secrets(key.Namespace)
+	return &source{users: map[types.UID]struct{}{}, changed: changed, mirror: impsync.NewMirror(impsync.MirrorConfig[sourceSecret]{
+		Name: "source " + key.String(), Example: &corev1.Secret{}, Log: log,
+		ListWatch: impsync.TypedListWatch(secrets.List, secrets.Watch, metav1.ListOptions{FieldSelector: metav1.ObjectNameField + "=" + key.Name}),
+		Convert:   func(o runtime.Object) sourceSecret { return sourceOf(o.(*corev1.Secret), ecr) },
+		OnChange:  func(types.NamespacedName, *sourceSecret, *sourceSecret) { changed() },
+		OnError:   func(error) { changed() },
+	})}
+}
+
+// run watches until ctx ends.
+func (s *source) run(ctx context.Context) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		select {
+		case <-s.mirror.Synced():
+			s.changed() // an absent Secret is no event
+		case <-ctx.Done():
+		}
+	}()
+	s.mirror.Run(ctx)
+	<-done
+}
+
 // useSource returns the watch of a source, started if need be.
 func (t *term) useSource(key types.NamespacedName, user types.UID) *source {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s := t.sources[key]
 	if s == nil {
-		s = &source{users: map[types.UID]struct{}{}}
-		secrets := t.core.Secrets(key.Namespace)
-		s.mirror = impsync.NewMirror(impsync.MirrorConfig[sourceSecret]{
-			Name: "source " + key.String(), Example: &corev1.Secret{}, Log: t.log,
-			ListWatch: impsync.TypedListWatch(secrets.List, secrets.Watch, metav1.ListOptions{FieldSelector: metav1.ObjectNameField + "=" + key.Name}),
-			Convert:   func(o runtime.Object) sourceSecret { return t.sourceOf(o.(*corev1.Secret)) },
-			OnChange:  func(types.NamespacedName, *sourceSecret, *sourceSecret) { t.sourceChanged(key) },
-			OnError:   func(error) { t.sourceChanged(key) },
-		})
-		s.stop = t.background(func(ctx context.Context) {
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				select {
-				case <-s.mirror.Synced():
-					t.sourceChanged(key) // an absent Secret is no event
-				case <-ctx.Done():
-				}
-			}()
-			s.mirror.Run(ctx)
-			<-done
-		})
+		s = newSource(key, t.core, t.config.ECRSources, func() { t.sourceChanged(key) }, t.log)
+		s.stop = t.background(s.run)
 		t.sources[key] = s
 	}
 	s.users[user] = struct{}{}

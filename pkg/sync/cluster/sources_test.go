@@ -162,11 +162,10 @@ func TestSourceOf(t *testing.T) {
 	secret := func(secretType corev1.SecretType, key, value string) *corev1.Secret {
 		return &corev1.Secret{Type: secretType, Data: map[string][]byte{key: []byte(value)}}
 	}
-	sourceOf := new(Coordinator).sourceOf
-	read := sourceOf(secret(corev1.SecretTypeDockerConfigJson, corev1.DockerConfigJsonKey, `{"auths":{"r.io":{"username":"u","password":"1"}}}`))
+	read := sourceOf(secret(corev1.SecretTypeDockerConfigJson, corev1.DockerConfigJsonKey, `{"auths":{"r.io":{"username":"u","password":"1"}}}`), nil)
 	require.NoError(t, read.err)
 	require.Equal(t, []string{"r.io=1"}, plain(read.config))
-	read = sourceOf(secret(corev1.SecretTypeDockercfg, corev1.DockerConfigKey, `{"r.io":{"username":"u","password":"1"}}`))
+	read = sourceOf(secret(corev1.SecretTypeDockercfg, corev1.DockerConfigKey, `{"r.io":{"username":"u","password":"1"}}`), nil)
 	require.NoError(t, read.err)
 	require.Equal(t, []string{"r.io=1"}, plain(read.config))
 
@@ -177,12 +176,12 @@ func TestSourceOf(t *testing.T) {
 		"no JSON":         secret(corev1.SecretTypeDockerConfigJson, corev1.DockerConfigJsonKey, canary),
 		"no base64":       secret(corev1.SecretTypeDockerConfigJson, corev1.DockerConfigJsonKey, `{"auths":{"r.io":{"auth":"`+canary+`!"}}}`),
 	} {
-		read := sourceOf(s)
+		read := sourceOf(s, nil)
 		require.Error(t, read.err, name)
 		require.Empty(t, read.config.Entries(), name)
 		requireSilent(t, read.err.Error())
 	}
-	require.ErrorIs(t, sourceOf(secret(ecrSecretType, "", "")).err, errNotSupported)
+	require.ErrorIs(t, sourceOf(secret(ecrSecretType, "", ""), nil).err, errNotSupported)
 	requireSilent(t, fmt.Sprintf("%v %+v %#v", read, read, resolve([]credential{{key: "a", config: configOf(t, "r.io="+canary)}}, &state{}, noon)))
 }
 
@@ -328,6 +327,6 @@ func TestASourceThatCannotBeReadKeepsWhatItGaveBefore(t *testing.T) {
 func sourceConfig(term *term) impsync.MirrorConfig[sourceSecret] {
 	return impsync.MirrorConfig[sourceSecret]{
 		Name: "source", Example: &corev1.Secret{}, Log: term.log,
-		Convert: func(o runtime.Object) sourceSecret { return new(Coordinator).sourceOf(o.(*corev1.Secret)) },
+		Convert: func(o runtime.Object) sourceSecret { return sourceOf(o.(*corev1.Secret), nil) },
 	}
 }

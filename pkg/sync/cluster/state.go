@@ -161,7 +161,7 @@ func (t *term) writeState(ctx context.Context, ref impsync.ResourceRef, raw []by
 		written, err = secrets.Create(ctx, owned, metav1.CreateOptions{FieldManager: impsync.FieldManager})
 	} else {
 		owned.UID, owned.ResourceVersion = known.uid, known.resourceVersion
-		written, err = applySecret(ctx, secrets, owned)
+		written, err = applySecret(ctx, secrets, owned, impsync.FieldManager)
 	}
 	switch {
 	case apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
@@ -187,7 +187,7 @@ func (t *term) writeRendered(ctx context.Context, ref impsync.ResourceRef, data 
 	name := impsync.RenderedName(ref.UID)
 	rendered := ownSecret(name, impsync.RenderedType, ref, data)
 	rendered.UID, rendered.ResourceVersion = was.uid, cmp.Or(was.resourceVersion, impsync.Absent)
-	written, err := applySecret(ctx, t.core.Secrets(t.config.RenderedNamespace), rendered)
+	written, err := applySecret(ctx, t.core.Secrets(t.config.RenderedNamespace), rendered, impsync.FieldManager)
 	what := fmt.Sprintf("write Secret %s/%s", t.config.RenderedNamespace, name)
 	switch {
 	case apierrors.IsConflict(err):
@@ -219,13 +219,13 @@ func ownSecret(name string, secretType corev1.SecretType, owner impsync.Resource
 	}
 }
 
-func applySecret(ctx context.Context, secrets corev1client.SecretInterface, secret *corev1.Secret) (*corev1.Secret, error) {
+func applySecret(ctx context.Context, secrets corev1client.SecretInterface, secret *corev1.Secret, manager string) (*corev1.Secret, error) {
 	body, err := json.Marshal(secret)
 	if err != nil {
 		return nil, errors.New("encode")
 	}
 	force := true
-	return secrets.Patch(ctx, secret.Name, types.ApplyPatchType, body, metav1.PatchOptions{FieldManager: impsync.FieldManager, Force: &force})
+	return secrets.Patch(ctx, secret.Name, types.ApplyPatchType, body, metav1.PatchOptions{FieldManager: manager, Force: &force})
 }
 
 // passingError is an error of an object of imps's own. That passes, whatever it says: a
