@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/http/httptest"
 	"os"
 	"sync/atomic"
 	"time"
@@ -10,7 +11,9 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/imps-node/imps/test/cluster/cluster"
+	"github.com/imps-node/imps/test/fakeaws"
 	"github.com/imps-node/imps/test/imps"
+	"github.com/imps-node/imps/test/registry"
 )
 
 const (
@@ -35,11 +38,16 @@ type demo struct {
 	stopping  atomic.Bool             // the processes are told to end
 	died      context.CancelCauseFunc // ends the run when a process ends on its own
 
-	passwords passwords // the current ones
-	watcher   *watcher
-	mark      cluster.Mark // of the audit log before the first trigger
-	served    []*subject   // the namespaces that have the Secret
-	foreignAt string       // the resourceVersion of the Secret that is not imps's
+	passwords    passwords // the current ones
+	watcher      *watcher
+	mark         cluster.Mark // of the audit log before the first trigger
+	served       []*subject   // the namespaces that have the Secret
+	aws          *fakeaws.Server
+	awsServer    *httptest.Server
+	distribution string // the registry's binary
+	registry     *registry.Registry
+
+	foreignAt string // the resourceVersion of the Secret that is not imps's
 	checks    []check
 }
 
@@ -62,10 +70,12 @@ func (d *demo) steps() []step {
 		{"Namespaces are deselected", d.prune},
 	}
 	if d.keep {
-		return append(steps, step{"What it took", d.account}, step{"Yours to try", d.wait})
+		return append(steps, step{"What it took", d.account}, step{ecrTitle, d.ecr}, step{"Yours to try", d.wait})
 	}
-	return append(steps, step{"The resource is deleted", d.remove}, step{"What it took", d.account})
+	return append(steps, step{"The resource is deleted", d.remove}, step{"What it took", d.account}, step{ecrTitle, d.ecr})
 }
+
+const ecrTitle = "Amazon ECR: a token opens a registry, and the next one comes before it expires"
 
 // play runs all steps, cleans up, and returns the exit code. The context ends with a signal.
 func (d *demo) play(signalled context.Context) int {
@@ -107,6 +117,7 @@ func (d *demo) playSteps(ctx context.Context) error {
 // cleanUp ends everything that runs and removes every file.
 func (d *demo) cleanUp(interrupted bool) {
 	d.stopProcesses(interrupted)
+	d.stopAWS()
 	if d.watcher != nil {
 		d.watcher.stop()
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/imps-node/imps/test/imps"
+	"github.com/imps-node/imps/test/registry"
 )
 
 // Names that the chart gives, or that it lets be used.
@@ -18,7 +19,7 @@ const (
 // install builds the binary and applies the chart. The workloads in it stay objects, since there is
 // no kubelet: the demo runs the same binary with the same arguments itself.
 func (d *demo) install(ctx context.Context) error {
-	d.note("cmd/imps-node and helm; the first run compiles what both need (some minutes)")
+	d.note("cmd/imps-node, a registry for the end, and helm; the first run compiles what both need (some minutes)")
 	begin := time.Now()
 	root, err := imps.Root(ctx)
 	if err != nil {
@@ -27,7 +28,10 @@ func (d *demo) install(ctx context.Context) error {
 	if d.binary, err = imps.Build(ctx, root, d.dir, "-trimpath"); err != nil {
 		return err
 	}
-	d.note("cmd/imps-node is built after %.1f s", time.Since(begin).Seconds())
+	if d.distribution, err = registry.Build(ctx, root, d.dir); err != nil {
+		return err
+	}
+	d.note("cmd/imps-node and a registry are built after %.1f s", time.Since(begin).Seconds())
 
 	begin = time.Now()
 	if err := imps.Install(ctx, root, d.control); err != nil {

@@ -18,6 +18,7 @@ func (d *demo) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	coordinator.Env = append(coordinator.Env, d.startAWS()...)
 	if err := d.launch(ctx, coordinator); err != nil {
 		return err
 	}

@@ -14,13 +14,14 @@ import (
 
 	"github.com/imps-node/imps/test/cluster/cluster"
 	"github.com/imps-node/imps/test/imps"
+	"github.com/imps-node/imps/test/registry"
 )
 
 var (
 	// control is the control plane of all tests. They do not run in parallel, since they share the one Lease.
 	control *cluster.Cluster
-	// binary is the built imps-node, with the race detector, registry the built registry.
-	binary, registry string
+	// binary is the built imps-node, with the race detector, distribution the built registry.
+	binary, distribution string
 	// root is the folder of the repository.
 	root = filepath.Join("..", "..")
 )
@@ -43,7 +44,7 @@ func run(ctx context.Context, m *testing.M) (code int, err error) {
 	if binary, err = imps.Build(ctx, root, dir, "-race"); err != nil {
 		return 1, err
 	}
-	if registry, err = buildRegistry(ctx, dir); err != nil {
+	if distribution, err = registry.Build(ctx, root, dir); err != nil {
 		return 1, err
 	}
 	if control, err = cluster.Run(ctx); err != nil {

@@ -6,13 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
-	"net/http"
 	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,11 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/v1/random"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/validate"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -37,11 +27,11 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
-	"github.com/imps-node/imps/pkg/dockerconfig"
 	impsync "github.com/imps-node/imps/pkg/sync"
 	"github.com/imps-node/imps/test/cluster/cluster"
 	"github.com/imps-node/imps/test/fakeaws"
 	"github.com/imps-node/imps/test/imps"
+	"github.com/imps-node/imps/test/registry"
 )
 
 const (
@@ -393,106 +383,20 @@ func (h *history) writes(namespace string) (writes, secrets int) {
 	return len(h.seen[namespace]), len(h.uids[namespace])
 }
 
-// hub is a private registry behind ECR's guard, with one image in it.
-type hub struct {
-	image  string // as a Pod would name it
-	client *http.Client
-}
-
-func buildRegistry(ctx context.Context, dir string) (string, error) {
-	path := filepath.Join(dir, "registry")
-	out, err := exec.CommandContext(ctx, "go", "build", "-C", filepath.Join(root, "test/fakeaws/registry"), "-o", path, ".").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("build the registry: %w: %s", err, out)
-	}
-	return path, nil
-}
-
 // hub starts a registry that lets in whoever has a good token for the region.
-func (s *system) hub(host, region string) *hub {
+func (s *system) hub(host, region string) *registry.Registry {
 	s.t.Helper()
-	listener, err := (&net.ListenConfig{}).Listen(s.t.Context(), "tcp", "127.0.0.1:0")
+	r, err := registry.Start(s.t.Context(), control, distribution, s.dir, s.aws, host, region)
 	require.NoError(s.t, err)
-	address := listener.Addr().String()
-	require.NoError(s.t, listener.Close())
-	config := filepath.Join(s.dir, "registry.yaml")
-	require.NoError(s.t, os.WriteFile(config, []byte(`{version: 0.1, log: {level: error, accesslog: {disabled: true}}, storage: {inmemory: {}}, http: {addr: "`+address+`", secret: x}}`), 0o600))
-	cmd := exec.CommandContext(context.WithoutCancel(s.t.Context()), registry, "serve", config)
-	cmd.Env = []string{"OTEL_TRACES_EXPORTER=none"}
-	require.NoError(s.t, control.Start(cmd))
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		_ = cmd.Wait()
-	}()
-	s.t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		<-ended
-	})
-	backend := &url.URL{Scheme: "http", Host: address}
-	s.eventually(func() error {
-		response, err := http.Get(backend.String() + "/v2/") //nolint:noctx // it ends with the deadline
-		if err == nil {
-			_ = response.Body.Close()
-		}
-		return err
-	}, "the registry does not start")
-	proxy := httputil.NewSingleHostReverseProxy(backend)
-	guard := httptest.NewServer(s.aws.Guard(region, proxy))
-	s.t.Cleanup(guard.Close)
-	h := &hub{image: host + "/app:v1", client: guard.Client()}
-	s.push(backend.String())
-	h.client.Transport = &redirect{to: guard.Listener.Addr().String(), next: h.client.Transport}
-	return h
+	s.t.Cleanup(r.Stop)
+	return r
 }
 
-// redirect sends every request to one address.
-type redirect struct {
-	to   string
-	next http.RoundTripper
-}
-
-func (r *redirect) RoundTrip(request *http.Request) (*http.Response, error) {
-	request = request.Clone(request.Context())
-	request.URL.Scheme, request.URL.Host = "http", r.to
-	return r.next.RoundTrip(request)
-}
-
-// push puts an image into the registry, past the guard.
-func (s *system) push(backend string) {
-	s.t.Helper()
-	image, err := random.Image(1024, 2)
-	require.NoError(s.t, err)
-	reference, err := name.ParseReference(strings.TrimPrefix(backend, "http://") + "/app:v1")
-	require.NoError(s.t, err)
-	require.NoError(s.t, remote.Write(reference, image, remote.WithContext(s.t.Context())))
-}
-
-// pull pulls the image with what a namespace's Secret has for it, as a kubelet does.
-func (s *system) pull(namespace string, h *hub) error {
+// pull pulls the image with what a namespace's Secret has for it.
+func (s *system) pull(namespace string, r *registry.Registry) error {
 	secret, err := s.core.CoreV1().Secrets(namespace).Get(s.t.Context(), imps.SecretName, metav1.GetOptions{})
 	if err != nil {
 		return err
 	}
-	config, _, err := dockerconfig.Parse(string(secret.Type), secret.Data)
-	if err != nil {
-		return err
-	}
-	entries, err := config.Match(h.image)
-	if err != nil {
-		return err
-	}
-	if len(entries) != 1 {
-		return fmt.Errorf("there are %d credentials for %s", len(entries), h.image)
-	}
-	reference, err := name.ParseReference(h.image)
-	if err != nil {
-		return err
-	}
-	image, err := remote.Image(reference, remote.WithContext(s.t.Context()), remote.WithTransport(h.client.Transport),
-		remote.WithAuth(&authn.Basic{Username: entries[0].Username.Reveal(), Password: entries[0].Password.Reveal()}))
-	if err != nil {
-		return err
-	}
-	return validate.Image(image) // reads every layer
+	return r.Pull(s.t.Context(), secret)
 }

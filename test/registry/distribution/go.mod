@@ -1,4 +1,4 @@
-module github.com/imps-node/imps/test/fakeaws/registry
+module github.com/imps-node/imps/test/registry/distribution
 
 go 1.26.0
 
