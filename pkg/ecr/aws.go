@@ -131,15 +131,16 @@ func (a *AWS) failed(ctx context.Context, grant Grant, err error) (Reply, error)
 	if refused && errors.As(err, &answer) && answer.Response != nil {
 		reply.Date, _ = http.ParseTime(answer.Response.Header.Get("Date"))
 	}
-	if refused && grant.Public && strings.HasPrefix(refusal.ErrorCode(), "AccessDenied") {
+	operation := innermost(err)
+	if refused && grant.Public && strings.HasPrefix(refusal.ErrorCode(), "AccessDenied") && operation != nil && operation.OperationName == "GetAuthorizationToken" {
 		return reply, nil // anonymous pulls work
 	}
 	explained := explain(ctx, err)
-	if refused && strings.HasPrefix(refusal.ErrorCode(), "ExpiredToken") {
+	if refused && strings.HasPrefix(refusal.ErrorCode(), "ExpiredToken") && !grant.Ambient() {
+		explained = fmt.Errorf("%w: %w", explained, ErrWait)
+	}
+	if errors.Is(explained, ErrWait) || refused && strings.HasPrefix(refusal.ErrorCode(), "ExpiredToken") {
 		a.forget(grant) // so that credentials are read anew
-		if !grant.Ambient() {
-			explained = fmt.Errorf("%w: %w", explained, ErrWait)
-		}
 	}
 	return reply, explained
 }
@@ -152,7 +153,11 @@ func (a *AWS) Principal(ctx context.Context, region string) (string, error) {
 	}
 	output, err := sts.NewFromConfig(base).GetCallerIdentity(ctx, &sts.GetCallerIdentityInput{})
 	if err != nil {
-		return "", explain(ctx, err)
+		explained := explain(ctx, err)
+		if errors.Is(explained, ErrWait) {
+			a.forget(Grant{})
+		}
+		return "", explained
 	}
 	return withoutSession(aws.ToString(output.Arn)), nil
 }
@@ -353,11 +358,8 @@ func explain(ctx context.Context, err error) error {
 		return fmt.Errorf("no answer in time: %w", ctx.Err())
 	}
 	during := ""
-	var operation *smithy.OperationError
-	if errors.As(err, &operation) { // of several the innermost: the role's, not the token's
-		for next := operation; errors.As(next.Err, &next); {
-			operation = next
-		}
+	operation := innermost(err)
+	if operation != nil {
 		during = operation.OperationName + ": "
 	}
 	if refusal, ok := errors.AsType[smithy.APIError](err); ok {
@@ -370,6 +372,15 @@ func explain(ctx context.Context, err error) error {
 		during = "the coordinator's own AWS credentials: "
 	}
 	return errors.New(during + transport(err))
+}
+
+// innermost returns the operation that failed, of several the innermost: the role's, not the token's.
+func innermost(err error) *smithy.OperationError {
+	var operation *smithy.OperationError
+	for next := (*smithy.OperationError)(nil); errors.As(err, &next); err = next.Err {
+		operation = next
+	}
+	return operation
 }
 
 // told are messages that may be told: AWS names the principal, the action and the resource.

@@ -285,6 +285,16 @@ func TestECRPublicWithoutPermissionIsNoFailure(t *testing.T) {
 	require.ErrorContains(t, err, "throttles")
 }
 
+// A role that cannot be assumed is one, though.
+func TestECRPublicWithARoleThatCannotBeAssumed(t *testing.T) {
+	t.Parallel()
+	minter, fake := newAWS(t)
+	fake.AddRole(fakeaws.Role{ARN: otherRole, Trusted: []string{customer}})
+	grant := Grant{Scope{Partition: "aws", Region: "us-east-1", Public: true}, Identity{RoleARN: otherRole}}
+	_, err := minter.Mint(t.Context(), grant)
+	require.ErrorContains(t, err, "AssumeRole: AWS does not allow it (AccessDenied)")
+}
+
 func TestConnectionsThatFail(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -475,4 +485,27 @@ func TestExpiredCredentialsAreReadAnew(t *testing.T) {
 	reply, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
 	require.NoError(t, err)
 	requireGood(t, fake, Grant{Scope: frankfurt}, reply)
+}
+
+// The same where AWS does not know them any more.
+func TestCredentialsThatAWSDoesNotKnowAnyMoreAreReadAnew(t *testing.T) {
+	credentials := filepath.Join(t.TempDir(), "credentials")
+	write := func(id string) {
+		require.NoError(t, os.WriteFile(credentials, []byte("[default]\naws_access_key_id = "+id+"\naws_secret_access_key = s\n"), 0o600))
+	}
+	t.Setenv("AWS_ACCESS_KEY_ID", "")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "")
+	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", credentials)
+	minter, fake := newAWS(t)
+	fake.AddKey(fakeaws.Key{AccessKeyID: "AKIATWO", SecretAccessKey: "s", Principal: "two"})
+	write("AKIAONE")
+	_, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
+	require.ErrorIs(t, err, ErrWait)
+	write("AKIATWO")
+	reply, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
+	require.NoError(t, err)
+	requireGood(t, fake, Grant{Scope: frankfurt}, reply)
+	principal, err := minter.Principal(t.Context(), "eu-central-1")
+	require.NoError(t, err)
+	require.Equal(t, "two", principal)
 }

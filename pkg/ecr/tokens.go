@@ -147,6 +147,8 @@ type grantState struct {
 	// success is when the last call succeeded.
 	success  time.Time
 	answered bool
+	// outdated: AWS has answered, or a token has come to its end, so that what others know from before counts no more.
+	outdated bool
 	// next is when the next call is due.
 	next time.Time
 	// renewal is when the token has lived for half of its life, and a little more.
@@ -223,12 +225,15 @@ func (t *Tokens) Use(user string, wants ...Wanted) {
 // take takes a token over that is known from before, where none is that lives longer. The caller holds the lock.
 func (t *Tokens) take(g *grantState, token Token) {
 	life := token.Expires.Sub(token.Issued)
-	if token.IsZero() || life <= 0 || life > MaxLife || !token.Expires.After(g.token.Expires) {
+	if g.outdated || token.IsZero() || life <= 0 || life > MaxLife || !token.Expires.After(g.token.Expires) {
 		return
 	}
 	if token.Issued.After(t.now()) {
 		// The time is at least that, whatever our clock says.
 		t.base, t.baseAt = token.Issued, t.config.Clock.Boot()
+	}
+	if !t.usable(token) {
+		return // then AWS is asked before anything is told
 	}
 	g.token, g.answered, g.none = token, true, false
 	g.renewal = renewal(token)
@@ -299,7 +304,7 @@ func (t *Tokens) keep(ctx context.Context, g *grantState) {
 		if !g.token.IsZero() {
 			end := g.token.Expires.Add(-g.token.margin())
 			if ended = !now.Before(end); ended {
-				g.token = Token{}
+				g.token, g.outdated = Token{}, true
 			}
 			wait = min(wait, max(end.Sub(now), 0))
 		}
@@ -358,7 +363,7 @@ func (t *Tokens) call(ctx context.Context, g *grantState) {
 			err = fmt.Errorf("AWS has given a token that has already expired, %s ago", now.Sub(reply.Expires).Round(time.Second))
 		}
 	}
-	g.answered = true
+	g.answered, g.outdated = true, g.outdated || err == nil
 	t.mints.WithLabelValues(g.grant.Scope.String(), g.grant.Who(), resultOf(token, err)).Inc()
 	if err != nil {
 		err = fmt.Errorf("token for %s as %s: %w", g.grant.Scope, g.grant.Who(), err)
@@ -451,9 +456,10 @@ func (t *Tokens) learn(date time.Time, asked time.Duration) {
 	if date.IsZero() {
 		return
 	}
-	// The reply was written somewhere between the two.
+	// The reply was written somewhere since then. Where the machine slept meanwhile, that makes a great difference: better
+	// too late a time than one that serves what has expired.
 	boot := t.config.Clock.Boot()
-	t.base, t.baseAt = date, asked+(boot-asked)/2
+	t.base, t.baseAt = date, asked
 	before := t.skew
 	t.skew = date.Sub(t.config.Clock.Now().Add(-(boot - asked) / 2)).Round(time.Second)
 	if off := t.skew.Abs() > tolerableSkew; off != (before.Abs() > tolerableSkew) {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -670,5 +671,107 @@ func TestNothingIsStartedOnceItStops(t *testing.T) {
 		using.Wait()
 		w.after(0)
 		require.Zero(t, w.after(24*time.Hour))
+	})
+}
+
+// looks has a user look at whatever changes, as a coordinator does, with the token that it knows from before each time.
+func (w *world) looks(grant Grant, known func() Token) (count func() int) {
+	var looks atomic.Int64
+	changes := make(chan struct{}, 1)
+	w.restart(func() {
+		w.tokens.config.Changed = func(string) {
+			select {
+			case changes <- struct{}{}:
+			default:
+			}
+		}
+	})
+	ctx, cancel := context.WithCancel(w.t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			looks.Add(1)
+			w.tokens.Use("a", Wanted{grant, known()})
+			<-time.After(20 * time.Millisecond)
+			select {
+			case <-changes:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	stop := w.stop
+	w.stop = func() {
+		cancel()
+		<-done
+		stop()
+	}
+	return func() int { return int(looks.Load()) }
+}
+
+// What is known from before counts no more once AWS has said otherwise.
+func TestPermissionThatIsTakenBack(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		var known Token
+		w.looks(mine, func() Token {
+			if s := w.tokens.Status(mine); !s.Pending {
+				known = s.Token
+			}
+			return known
+		})
+		require.Equal(t, 1, w.after(time.Minute))
+		w.answers(func(context.Context, Grant) (Reply, error) { return Reply{Date: w.aws()}, nil })
+		w.after(7 * time.Hour)
+		require.True(t, w.tokens.Status(mine).None)
+		require.LessOrEqual(t, w.after(time.Hour), 5)
+	})
+}
+
+// The one that is known from before has expired, and whoever knows it cannot write that down.
+func TestATokenThatIsHandedInAgainAfterItsEnd(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.away(errors.New("x"))
+		issued := w.aws().Add(-11 * time.Hour)
+		known := Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour), Principal: "me"}
+		count := w.looks(mine, func() Token { return known })
+		w.after(2 * time.Hour)
+		require.Empty(t, password(w.tokens.Status(mine)))
+		before := count()
+		w.after(time.Hour)
+		require.LessOrEqual(t, count()-before, 60)
+	})
+}
+
+// The machine sleeps between an answer and its being read.
+func TestAMachineThatIsSuspendedDuringACall(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.answers(func(context.Context, Grant) (Reply, error) {
+			r := Reply{Password: dockerconfig.NewSensitive("x"), Expires: w.aws().Add(12 * time.Hour), Date: w.aws()}
+			w.suspend(8 * time.Hour)
+			return r, nil
+		})
+		w.tokens.Use("a", want(mine))
+		w.after(time.Second)
+		require.False(t, w.tokens.Now().Before(w.aws()))
+		w.away(errors.New("x"))
+		w.after(4*time.Hour - time.Minute)
+		require.Empty(t, password(w.tokens.Status(mine)))
+	})
+}
+
+// By a clock that is a day ahead, the token from before has expired. That is not taken for the truth before AWS was asked.
+func TestARestartWithAClockThatIsAhead(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		issued := w.aws().Add(-time.Hour)
+		w.jump(24 * time.Hour)
+		w.restart(func() {
+			w.tokens.Use("a", Wanted{mine, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour), Principal: "me"}})
+			require.True(t, w.tokens.Status(mine).Pending)
+		})
+		require.Equal(t, 1, w.after(time.Second))
+		s := w.tokens.Status(mine)
+		require.NoError(t, s.Err)
+		require.NotEmpty(t, password(s))
 	})
 }
