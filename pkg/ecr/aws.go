@@ -384,11 +384,11 @@ func innermost(err error) *smithy.OperationError {
 }
 
 // told are messages that may be told: AWS names the principal, the action and the resource.
-var told = regexp.MustCompile(`^User: arn:[\w:/.@=,+-]{1,300} is not authorized to perform: [\w:-]{1,100} on resource: [\w:/.*@=,+-]{1,300}`)
+var told = regexp.MustCompile(`^User: arn:[\w:/.@=,+-]+ is not authorized to perform: [\w:-]+ on resource: [\w:/.*@=,+-]+`)
 
 func refused(during string, err error, refusal smithy.APIError) error {
 	code := refusal.ErrorCode()
-	if !codeOnly.MatchString(code) {
+	if len(code) > 100 || !codeOnly.MatchString(code) {
 		code = "an error without a code"
 	}
 	for _, known := range refusals {
@@ -396,7 +396,7 @@ func refused(during string, err error, refusal smithy.APIError) error {
 			continue
 		}
 		text := fmt.Sprintf("%s%s (%s)", during, known.meaning, code)
-		if why := told.FindString(refusal.ErrorMessage()); why != "" {
+		if why := told.FindString(refusal.ErrorMessage()); why != "" && len(why) <= 700 {
 			text += ": " + why
 		}
 		if known.wait {
@@ -410,7 +410,7 @@ func refused(during string, err error, refusal smithy.APIError) error {
 	return fmt.Errorf("%sAWS fails (%s)", during, code)
 }
 
-var codeOnly = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9.]{0,99}$`)
+var codeOnly = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9.]*$`)
 
 // transport says what is wrong with a connection or with what came over it.
 func transport(err error) string {

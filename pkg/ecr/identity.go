@@ -78,7 +78,7 @@ func (i Identity) Who() string {
 
 // roleARN is documented at https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html, externalID too.
 var (
-	roleARN    = regexp.MustCompile(`^arn:(aws[a-z-]*):iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}$`)
+	roleARN    = regexp.MustCompile(`^arn:(aws[a-z-]*):iam::[0-9]{12}:role/[\w+=,.@/-]+$`)
 	externalID = regexp.MustCompile(`^[\w+=,.@:/-]{2,}$`)
 )
 
@@ -108,7 +108,7 @@ func NewGrant(scope Scope, identity Identity) (Grant, error) {
 	}
 	parts := roleARN.FindStringSubmatch(identity.RoleARN)
 	switch {
-	case parts == nil:
+	case parts == nil || len(identity.RoleARN) > 600: // a path may have 512 characters, a name 64
 		return Grant{}, fmt.Errorf("%w: the role should look like arn:aws:iam::123456789012:role/name", ErrIdentity)
 	case parts[1] != scope.Partition:
 		return Grant{}, fmt.Errorf("%w: the role is of the partition %s, the registry of %s", ErrIdentity, parts[1], scope.Partition)

@@ -78,8 +78,9 @@ var (
 	accountOnly = regexp.MustCompile(`^` + accountPattern + `$`)
 	regionOnly  = regexp.MustCompile(`^` + regionPattern + `$`)
 	privateHost = regexp.MustCompile(`^(` + accountPattern + `)\.dkr([.-])ecr(?:-fips)?\.(` + regionPattern + `)\.([a-z0-9.-]+)$`)
-	// printable is what may be quoted: no user information, nothing that moves a cursor.
-	printable = regexp.MustCompile(`^[a-z0-9.-]{1,253}$`)
+	// printable is what may be quoted: no user information, nothing that moves a cursor. Counts up to hundreds are not in
+	// these expressions: they would be compiled to as many instructions.
+	printable = regexp.MustCompile(`^[a-z0-9.-]+$`)
 )
 
 // ParseRegistry parses the host of a registry, as an image reference has it: no scheme, port, path or user
@@ -139,7 +140,7 @@ func partitionOf(region string) *partition {
 
 // quoted returns a text for an error, if it may be told.
 func quoted(text string) string {
-	if printable.MatchString(text) {
+	if len(text) <= 253 && printable.MatchString(text) {
 		return text
 	}
 	return "a name that is no host name in lower case"
