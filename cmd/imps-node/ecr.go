@@ -3,9 +3,12 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"os"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
@@ -39,12 +42,20 @@ func (ecrSources) Spec(spec v1alpha1.ECRSource) ([]cluster.Registry, error) {
 // ecrTokens are pkg/ecr's, as the cluster duty wants them. Their task runs as long as the duties.
 type ecrTokens struct{ tokens *ecr.Tokens }
 
-// newTokens returns the tokens of a coordinator. What they tell of is told with changed.
-func newTokens(sessionName string, changed func(id string), log *slog.Logger) *ecrTokens {
-	return &ecrTokens{ecr.New(ecr.Config{
-		Minter: ecr.NewAWS(ecr.AWSOptions{SessionName: sessionName}),
-		Clock:  machineClock{}, Log: log.With("duty", dutyCluster), Changed: changed,
-	})}
+// newTokens returns the tokens of a process, with their metrics. What has changed is told with changed.
+func newTokens(changed func(id string), registry prometheus.Registerer, log *slog.Logger) (*ecrTokens, error) {
+	hostname, err := os.Hostname()
+	if err != nil {
+		return nil, fmt.Errorf("name of this machine, for AWS: %w", err)
+	}
+	tokens := ecr.New(ecr.Config{
+		Minter: ecr.NewAWS(ecr.AWSOptions{SessionName: sessionName(hostname)}),
+		Clock:  machineClock{}, Log: log, Changed: changed,
+	})
+	if err := registry.Register(tokens); err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
+	return &ecrTokens{tokens}, nil
 }
 
 func (t *ecrTokens) Run(ctx context.Context) error {

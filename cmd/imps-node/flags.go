@@ -81,20 +81,46 @@ func namesValid(flag string, names list, check func(string) []string) error {
 	return errors.Join(errs...)
 }
 
+// process are the flags of every command that runs until it is told to stop.
+type process struct {
+	kubeconfig  string
+	metricsAddr string
+	healthAddr  string
+	logLevel    string
+	logFormat   string
+}
+
+func (p *process) register(flags *pflag.FlagSet) {
+	flags.StringVar(&p.kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server; empty: as a Pod of the cluster does")
+	flags.StringVar(&p.metricsAddr, "metrics-addr", "127.0.0.1:9464", "`address` of /metrics; 0: none")
+	flags.StringVar(&p.healthAddr, "health-addr", ":9465", "`address` of /healthz and /readyz; 0: none")
+	flags.StringVar(&p.logLevel, "log-level", levelInfo, "`level`: debug, info, warn or error")
+	flags.StringVar(&p.logFormat, "log-format", formatJSON, "`format`: json, or text for people")
+}
+
+func (p *process) validate() error {
+	p.logLevel, p.logFormat = strings.ToLower(p.logLevel), strings.ToLower(p.logFormat)
+	if p.logFormat == formatLogfmt {
+		p.logFormat = formatText // banzaicloud/imps's word for it
+	}
+	return errors.Join(
+		addressValid("metrics-addr", p.metricsAddr),
+		addressValid("health-addr", p.healthAddr),
+		oneOf("log-level", p.logLevel, levels()...),
+		oneOf("log-format", p.logFormat, formatJSON, formatText),
+	)
+}
+
 // settings are the flags of run.
 type settings struct {
 	limits
+	process
 	duties            list
 	nodeName          string
 	namespace         string
 	renderedNamespace string
-	kubeconfig        string
 	kubeAPIQPS        float32
 	demandLinger      time.Duration
-	metricsAddr       string
-	healthAddr        string
-	logLevel          string
-	logFormat         string
 }
 
 func (s *settings) register(flags *pflag.FlagSet) {
@@ -104,30 +130,19 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.nodeName, "node-name", "", "`name` of the node that is served; the node duty needs it")
 	flags.StringVar(&s.namespace, "namespace", "imps-system", "`namespace` of the Lease, the node reports and the state")
 	flags.StringVar(&s.renderedNamespace, "rendered-namespace", "imps-rendered", "`namespace` of the rendered Secrets, and of nothing else")
-	flags.StringVar(&s.kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server; empty: as a Pod of the cluster does")
 	s.limits.register(flags)
 	flags.Float32Var(&s.kubeAPIQPS, "kube-api-qps", 0, "`number` of requests a second to the API server; 0: no limit but the server's own")
 	flags.DurationVar(&s.demandLinger, "demand-linger", cluster.DefaultDemandLinger, "`time` for which a namespace keeps its Secret after its last Pod; the cluster duty heeds it")
-	flags.StringVar(&s.metricsAddr, "metrics-addr", "127.0.0.1:9464", "`address` of /metrics; 0: none")
-	flags.StringVar(&s.healthAddr, "health-addr", ":9465", "`address` of /healthz and /readyz; 0: none")
-	flags.StringVar(&s.logLevel, "log-level", levelInfo, "`level`: debug, info, warn or error")
-	flags.StringVar(&s.logFormat, "log-format", formatJSON, "`format`: json, or text for people")
+	s.process.register(flags)
 }
 
 func (s *settings) validate() error {
-	s.logLevel, s.logFormat = strings.ToLower(s.logLevel), strings.ToLower(s.logFormat)
-	if s.logFormat == formatLogfmt {
-		s.logFormat = formatText // banzaicloud/imps's word for it
-	}
 	errs := []error{
 		s.dutiesValid(),
 		nameValid("namespace", s.namespace, validation.IsDNS1123Label),
 		nameValid("rendered-namespace", s.renderedNamespace, validation.IsDNS1123Label),
 		s.limits.validate(),
-		addressValid("metrics-addr", s.metricsAddr),
-		addressValid("health-addr", s.healthAddr),
-		oneOf("log-level", s.logLevel, levels()...),
-		oneOf("log-format", s.logFormat, formatJSON, formatText),
+		s.process.validate(),
 	}
 	if s.namespace == s.renderedNamespace {
 		errs = append(errs, errors.New("--rendered-namespace: it must not be --namespace: every agent may read all that is in it"))

@@ -35,10 +35,7 @@ func TestDefaults(t *testing.T) {
 		namespace:         "imps-system",
 		renderedNamespace: "imps-rendered",
 		demandLinger:      time.Minute,
-		metricsAddr:       "127.0.0.1:9464",
-		healthAddr:        ":9465",
-		logLevel:          "info",
-		logFormat:         "json",
+		process:           process{metricsAddr: "127.0.0.1:9464", healthAddr: ":9465", logLevel: "info", logFormat: "json"},
 	}, s)
 }
 

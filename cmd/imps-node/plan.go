@@ -56,15 +56,7 @@ Exit codes: 0 no conflict, as far as you may see; 1 an error; 2 conflicts.`,
   # In a pipeline
   imps-node plan -f team-a.yaml -o json | jq '.[].conflicts'`,
 		Args: noArguments,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := applyEnvironment(cmd.Flags(), getenv); err != nil {
-				return usageError(cmd, err)
-			}
-			if err := f.validate(); err != nil {
-				return usageError(cmd, err)
-			}
-			return f.run(cmd)
-		},
+		RunE: checked(getenv, f.validate, f.run),
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false

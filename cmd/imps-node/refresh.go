@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -17,13 +16,9 @@ import (
 
 // refreshFlags are the flags of refresh.
 type refreshFlags struct {
-	sources     secretNames
-	target      secretNames
-	kubeconfig  string
-	metricsAddr string
-	healthAddr  string
-	logLevel    string
-	logFormat   string
+	process
+	sources secretNames
+	target  secretNames
 	// interval is banzaicloud/imps's flag.
 	interval int
 }
@@ -68,15 +63,7 @@ and these with create and patch of the target. It is banzaicloud/imps's refreshe
 the target, which you name, is replaced. Run it once: two would fight about the tokens.`,
 		Example: `  imps-node refresh --source-secret=team-a.hub --source-secret=team-a.ecr --target-secret=team-a.pull`,
 		Args:    noArguments,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := applyEnvironment(cmd.Flags(), getenv); err != nil {
-				return usageError(cmd, err)
-			}
-			if err := f.validate(); err != nil {
-				return usageError(cmd, err)
-			}
-			return f.run(cmd)
-		},
+		RunE:    checked(getenv, f.validate, f.run),
 	}
 	f.register(cmd.Flags())
 	bindEnvironment(cmd.Flags())
@@ -89,11 +76,7 @@ func (f *refreshFlags) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
 	flags.Var(&f.sources, "source-secret", "`namespace.name` of a source; give it again for each, the last listed wins")
 	flags.Var(&f.target, "target-secret", "`namespace.name` of the Secret that is kept")
-	flags.StringVar(&f.kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server; empty: as a Pod of the cluster does")
-	flags.StringVar(&f.metricsAddr, "metrics-addr", "127.0.0.1:9464", "`address` of /metrics; 0: none")
-	flags.StringVar(&f.healthAddr, "health-addr", ":9465", "`address` of /healthz and /readyz; 0: none")
-	flags.StringVar(&f.logLevel, "log-level", levelInfo, "`level`: debug, info, warn or error")
-	flags.StringVar(&f.logFormat, "log-format", formatJSON, "`format`: json, or text for people")
+	f.process.register(flags)
 	flags.IntVar(&f.interval, "periodic-reconcile-interval", 0, "has no effect: changes are watched for")
 	_ = flags.MarkHidden("periodic-reconcile-interval") // it fails only for a flag that is not there
 	flags.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
@@ -102,16 +85,7 @@ func (f *refreshFlags) register(flags *pflag.FlagSet) {
 }
 
 func (f *refreshFlags) validate() error {
-	f.logLevel, f.logFormat = strings.ToLower(f.logLevel), strings.ToLower(f.logFormat)
-	if f.logFormat == formatLogfmt {
-		f.logFormat = formatText // banzaicloud/imps's word for it
-	}
-	errs := []error{
-		addressValid("metrics-addr", f.metricsAddr),
-		addressValid("health-addr", f.healthAddr),
-		oneOf("log-level", f.logLevel, levels()...),
-		oneOf("log-format", f.logFormat, formatJSON, formatText),
-	}
+	errs := []error{f.process.validate()}
 	if len(f.sources) == 0 {
 		errs = append(errs, errors.New("--source-secret: give at least one, as namespace.name"))
 	}
@@ -127,23 +101,17 @@ func (f *refreshFlags) validate() error {
 }
 
 func (f *refreshFlags) run(cmd *cobra.Command) error {
-	ctx := cmd.Context()
-	log := newLogger(cmd.ErrOrStderr(), f.logLevel, f.logFormat)
-	takeOverLogs(log, f.logLevel)
+	log := f.log(cmd)
 	client, err := runClient(f.kubeconfig, 0, "refresh")
 	if err != nil {
 		return err
 	}
-	hostname, err := os.Hostname()
-	if err != nil {
-		return fmt.Errorf("name of this machine, for AWS: %w", err)
-	}
 	registry := newRegistry()
 	instrumentClientGo(registry)
 	var refresher *cluster.Refresher
-	tokens := newTokens(sessionName(hostname), func(id string) { refresher.TokenChanged(id) }, log)
-	if err := registry.Register(tokens.tokens); err != nil {
-		return fmt.Errorf("metrics: %w", err)
+	tokens, err := newTokens(func(id string) { refresher.TokenChanged(id) }, registry, log.With("duty", cmd.Name()))
+	if err != nil {
+		return err
 	}
 	refresher, err = cluster.NewRefresher(cluster.RefreshConfig{
 		Sources: f.sources, Target: f.target[0], ECRSources: ecrSources{}, Tokens: tokens,
@@ -152,23 +120,5 @@ func (f *refreshFlags) run(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	duties := []duty{refresher, tokens}
-	metrics, err := listen(ctx, f.metricsAddr, metricsHandler(registry), log)
-	if err != nil {
-		return fmt.Errorf("--metrics-addr: %w", err)
-	}
-	health, err := listen(ctx, f.healthAddr, healthHandler(duties), log)
-	if err != nil {
-		return fmt.Errorf("--health-addr: %w", err)
-	}
-	log.Info("starting", "version", version, "sources", f.sources.String(), "target", f.target.String(),
-		"metricsAddr", metrics.address(), "healthAddr", health.address(), "logLevel", f.logLevel, "logFormat", f.logFormat)
-	if err := serve(ctx, duties, metrics, health); err != nil {
-		log.Error("stopping after an error", "error", err)
-		return errReported
-	}
-	log.Info("stopped")
-	return nil
+	return f.serve(cmd.Context(), []duty{refresher, tokens}, registry, log, "sources", f.sources.String(), "target", f.target.String())
 }
-
-var _ duty = (*cluster.Refresher)(nil)

@@ -34,6 +34,19 @@ func usageError(cmd *cobra.Command, err error) error {
 	return fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())
 }
 
+// checked returns what a command does: its flags are completed from the environment and validated, and then it runs.
+func checked(getenv func(string) string, validate func() error, run func(*cobra.Command) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, _ []string) error {
+		if err := applyEnvironment(cmd.Flags(), getenv); err != nil {
+			return usageError(cmd, err)
+		}
+		if err := validate(); err != nil {
+			return usageError(cmd, err)
+		}
+		return run(cmd)
+	}
+}
+
 func noArguments(cmd *cobra.Command, args []string) error {
 	switch {
 	case len(args) == 0:

@@ -42,15 +42,7 @@ the environment, and the environment over the default.`,
   # Both in one process, from outside the cluster, for people to read
   imps-node run --duties=node,cluster --node-name=kind-worker --kubeconfig="$HOME/.kube/config" --log-format=text`,
 		Args: noArguments,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := applyEnvironment(cmd.Flags(), getenv); err != nil {
-				return usageError(cmd, err)
-			}
-			if err := s.validate(); err != nil {
-				return usageError(cmd, err)
-			}
-			return s.run(cmd)
-		},
+		RunE: checked(getenv, s.validate, s.run),
 	}
 	s.register(cmd.Flags())
 	bindEnvironment(cmd.Flags())
@@ -62,9 +54,7 @@ the environment, and the environment over the default.`,
 
 // run wires everything up and runs it until the command's context ends.
 func (s *settings) run(cmd *cobra.Command) error {
-	ctx := cmd.Context()
-	log := newLogger(cmd.ErrOrStderr(), s.logLevel, s.logFormat)
-	takeOverLogs(log, s.logLevel)
+	log := s.log(cmd)
 	client, err := runClient(s.kubeconfig, s.kubeAPIQPS, s.duties.String())
 	if err != nil {
 		return err
@@ -75,21 +65,33 @@ func (s *settings) run(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	metrics, err := listen(ctx, s.metricsAddr, metricsHandler(registry), log)
-	if err != nil {
-		return fmt.Errorf("--metrics-addr: %w", err)
-	}
-	health, err := listen(ctx, s.healthAddr, healthHandler(duties), log)
-	if err != nil {
-		return fmt.Errorf("--health-addr: %w", err)
-	}
-	log.Info("starting", "version", version, "duties", s.duties.String(), "nodeName", s.nodeName,
+	return s.serve(cmd.Context(), duties, registry, log, "duties", s.duties.String(), "nodeName", s.nodeName,
 		"namespace", s.namespace, "renderedNamespace", s.renderedNamespace,
 		"apiServer", client.Host[strings.LastIndexByte(client.Host, '@')+1:], "kubeApiQps", s.kubeAPIQPS, "demandLinger", s.demandLinger.String(),
 		"targetSecretNames", s.targetSecretNames.String(), "sourceNamespaces", s.sourceNamespaces.String(),
-		"excludedNamespaces", s.excludedNamespaces.String(),
-		"metricsAddr", metrics.address(), "healthAddr", health.address(),
-		"logLevel", s.logLevel, "logFormat", s.logFormat)
+		"excludedNamespaces", s.excludedNamespaces.String())
+}
+
+// log returns the log of a process, which client-go's goes to as well.
+func (p *process) log(cmd *cobra.Command) *slog.Logger {
+	log := newLogger(cmd.ErrOrStderr(), p.logLevel, p.logFormat)
+	takeOverLogs(log, p.logLevel)
+	return log
+}
+
+// serve does duties, and serves their metrics and health, until ctx ends. What it begins with is logged.
+func (p *process) serve(ctx context.Context, duties []duty, registry *prometheus.Registry, log *slog.Logger, about ...any) error {
+	metrics, err := listen(ctx, p.metricsAddr, metricsHandler(registry), log)
+	if err != nil {
+		return fmt.Errorf("--metrics-addr: %w", err)
+	}
+	health, err := listen(ctx, p.healthAddr, healthHandler(duties), log)
+	if err != nil {
+		return fmt.Errorf("--health-addr: %w", err)
+	}
+	log.Info("starting", slices.Concat([]any{"version", version}, about, []any{
+		"metricsAddr", metrics.address(), "healthAddr", health.address(), "logLevel", p.logLevel, "logFormat", p.logFormat,
+	})...)
 	if err := serve(ctx, duties, metrics, health); err != nil {
 		log.Error("stopping after an error", "error", err)
 		return errReported
@@ -123,9 +125,9 @@ func newDuties(s *settings, client *rest.Config, registry *prometheus.Registry, 
 			return nil, fmt.Errorf("name of this machine, for the Lease: %w", err)
 		}
 		var coordinator *cluster.Coordinator
-		tokens := newTokens(sessionName(hostname), func(id string) { coordinator.TokenChanged(id) }, log)
-		if err := registry.Register(tokens.tokens); err != nil {
-			return nil, fmt.Errorf("metrics: %w", err)
+		tokens, err := newTokens(func(id string) { coordinator.TokenChanged(id) }, registry, log.With("duty", dutyCluster))
+		if err != nil {
+			return nil, err
 		}
 		coordinator, err = cluster.New(cluster.Config{
 			Namespace: s.namespace, RenderedNamespace: s.renderedNamespace,
