@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 
@@ -131,16 +132,23 @@ func (a *AWS) failed(ctx context.Context, grant Grant, err error) (Reply, error)
 	if refused && errors.As(err, &answer) && answer.Response != nil {
 		reply.Date, _ = http.ParseTime(answer.Response.Header.Get("Date"))
 	}
-	operation := innermost(err)
-	if refused && grant.Public && strings.HasPrefix(refusal.ErrorCode(), "AccessDenied") && operation != nil && operation.OperationName == "GetAuthorizationToken" {
+	code := ""
+	if refused {
+		code = refusal.ErrorCode()
+	}
+	if operation := innermost(err); grant.Public && strings.HasPrefix(code, "AccessDenied") && operation != nil && operation.OperationName == "GetAuthorizationToken" {
 		return reply, nil // anonymous pulls work
 	}
 	explained := explain(ctx, err)
-	if refused && strings.HasPrefix(refusal.ErrorCode(), "ExpiredToken") && !grant.Ambient() {
+	expired := strings.HasPrefix(code, "ExpiredToken")
+	if expired && !grant.Ambient() {
 		explained = fmt.Errorf("%w: %w", explained, ErrWait)
 	}
-	if errors.Is(explained, ErrWait) || refused && strings.HasPrefix(refusal.ErrorCode(), "ExpiredToken") {
-		a.forget(grant) // so that credentials are read anew
+	if expired || errors.Is(explained, ErrWait) {
+		a.Forget(grant)
+		if grant.Ambient() {
+			a.readAnew()
+		}
 	}
 	return reply, explained
 }
@@ -155,7 +163,7 @@ func (a *AWS) Principal(ctx context.Context, region string) (string, error) {
 	if err != nil {
 		explained := explain(ctx, err)
 		if errors.Is(explained, ErrWait) {
-			a.forget(Grant{})
+			a.readAnew()
 		}
 		return "", explained
 	}
@@ -207,13 +215,11 @@ func (a *AWS) Forget(grant Grant) {
 	delete(a.clients, grant.ID())
 }
 
-func (a *AWS) forget(grant Grant) {
+// readAnew has the credentials of the process itself read anew.
+func (a *AWS) readAnew() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	delete(a.clients, grant.ID())
-	if grant.Ambient() {
-		a.ambient = nil
-	}
+	a.ambient = nil
 }
 
 // base returns the configuration of a grant, before any role is assumed.
@@ -336,19 +342,20 @@ func (t tagged) Retrieve(ctx context.Context) (aws.Credentials, error) {
 
 var _ Minter = (*AWS)(nil)
 
-// refusals are what AWS's codes mean for whoever reads the error.
+// refusals are what AWS's codes mean for whoever reads the error, by what the codes begin with: services differ in what
+// they end in.
 var refusals = []struct {
-	code    *regexp.Regexp
+	codes   []string
 	meaning string
 	wait    bool
 }{
-	{regexp.MustCompile(`^(AccessDenied|NotAuthorized|OptInRequired)`), "AWS does not allow it", true},
-	{regexp.MustCompile(`^(UnrecognizedClient|InvalidClientTokenId|InvalidAccessKeyId|AuthFailure|IncompleteSignature|MissingAuthenticationToken|InvalidIdentityToken)`), "AWS does not know the credentials", true},
-	{regexp.MustCompile(`^(SignatureDoesNotMatch|InvalidSignature)`), "the secret key is wrong", true},
-	{regexp.MustCompile(`^(ExpiredToken)`), "the session credentials have expired", false},
-	{regexp.MustCompile(`^(RequestExpired|RequestTimeTooSkewed|RequestInTheFuture)`), "the clock is off", false},
-	{regexp.MustCompile(`^(Throttl|TooManyRequests|RequestLimitExceeded|LimitExceeded|SlowDown|PriorRequestNotComplete)`), "AWS throttles", false},
-	{regexp.MustCompile(`^(UnsupportedCommand|InvalidParameter|ValidationError|RegionDisabled|PackedPolicyTooLarge|MalformedPolicy)`), "AWS does not take the request", true},
+	{[]string{"AccessDenied", "NotAuthorized", "OptInRequired"}, "AWS does not allow it", true},
+	{[]string{"UnrecognizedClient", "InvalidClientTokenId", "InvalidAccessKeyId", "AuthFailure", "IncompleteSignature", "MissingAuthenticationToken", "InvalidIdentityToken"}, "AWS does not know the credentials", true},
+	{[]string{"SignatureDoesNotMatch", "InvalidSignature"}, "the secret key is wrong", true},
+	{[]string{"ExpiredToken"}, "the session credentials have expired", false},
+	{[]string{"RequestExpired", "RequestTimeTooSkewed", "RequestInTheFuture"}, "the clock is off", false},
+	{[]string{"Throttl", "TooManyRequests", "RequestLimitExceeded", "LimitExceeded", "SlowDown", "PriorRequestNotComplete"}, "AWS throttles", false},
+	{[]string{"UnsupportedCommand", "InvalidParameter", "ValidationError", "RegionDisabled", "PackedPolicyTooLarge", "MalformedPolicy"}, "AWS does not take the request", true},
 }
 
 // explain returns an error that says what is in the way and what to do, and no more: AWS's own texts may quote what was
@@ -392,7 +399,7 @@ func refused(during string, err error, refusal smithy.APIError) error {
 		code = "an error without a code"
 	}
 	for _, known := range refusals {
-		if !known.code.MatchString(code) {
+		if !slices.ContainsFunc(known.codes, func(prefix string) bool { return strings.HasPrefix(code, prefix) }) {
 			continue
 		}
 		text := fmt.Sprintf("%s%s (%s)", during, known.meaning, code)

@@ -465,47 +465,40 @@ func TestTheAmbientIdentityIsWhatTheSDKFinds(t *testing.T) {
 	}
 }
 
-// Credentials that have expired are read anew.
-func TestExpiredCredentialsAreReadAnew(t *testing.T) {
-	credentials := filepath.Join(t.TempDir(), "credentials")
-	write := func(id string) {
-		require.NoError(t, os.WriteFile(credentials, []byte("[default]\naws_access_key_id = "+id+"\naws_secret_access_key = s\naws_session_token = t\n"), 0o600))
+// Credentials of the process itself that have expired, or that AWS does not know any more, are read anew.
+func TestCredentialsAreReadAnew(t *testing.T) {
+	for name, test := range map[string]struct {
+		expires time.Time // of the first; zero where AWS does not know them
+		err     string
+		wait    bool // else they may be renewed at any time
+	}{
+		"expired": {time.Now().Add(-time.Minute), "the session credentials have expired", false},
+		"unknown": {time.Time{}, "AWS does not know the credentials", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			credentials := filepath.Join(t.TempDir(), "credentials")
+			write := func(id string) {
+				require.NoError(t, os.WriteFile(credentials, []byte("[default]\naws_access_key_id = "+id+"\naws_secret_access_key = s\naws_session_token = t\n"), 0o600))
+			}
+			t.Setenv("AWS_ACCESS_KEY_ID", "")
+			t.Setenv("AWS_SECRET_ACCESS_KEY", "")
+			t.Setenv("AWS_SHARED_CREDENTIALS_FILE", credentials)
+			minter, fake := newAWS(t)
+			if !test.expires.IsZero() {
+				fake.AddKey(fakeaws.Key{AccessKeyID: "ASIAONE", SecretAccessKey: "s", SessionToken: "t", Principal: "one", Expires: test.expires})
+			}
+			fake.AddKey(fakeaws.Key{AccessKeyID: "ASIATWO", SecretAccessKey: "s", SessionToken: "t", Principal: "two"})
+			write("ASIAONE")
+			_, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
+			require.ErrorContains(t, err, test.err)
+			require.Equal(t, test.wait, errors.Is(err, ErrWait))
+			write("ASIATWO")
+			reply, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
+			require.NoError(t, err)
+			requireGood(t, fake, Grant{Scope: frankfurt}, reply)
+			principal, err := minter.Principal(t.Context(), "eu-central-1")
+			require.NoError(t, err)
+			require.Equal(t, "two", principal)
+		})
 	}
-	t.Setenv("AWS_ACCESS_KEY_ID", "")
-	t.Setenv("AWS_SECRET_ACCESS_KEY", "")
-	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", credentials)
-	minter, fake := newAWS(t)
-	fake.AddKey(fakeaws.Key{AccessKeyID: "ASIAONE", SecretAccessKey: "s", SessionToken: "t", Principal: "one", Expires: time.Now().Add(-time.Minute)})
-	fake.AddKey(fakeaws.Key{AccessKeyID: "ASIATWO", SecretAccessKey: "s", SessionToken: "t", Principal: "two"})
-	write("ASIAONE")
-	_, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
-	require.ErrorContains(t, err, "the session credentials have expired")
-	require.NotErrorIs(t, err, ErrWait, "they may be renewed at any time")
-	write("ASIATWO")
-	reply, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
-	require.NoError(t, err)
-	requireGood(t, fake, Grant{Scope: frankfurt}, reply)
-}
-
-// The same where AWS does not know them any more.
-func TestCredentialsThatAWSDoesNotKnowAnyMoreAreReadAnew(t *testing.T) {
-	credentials := filepath.Join(t.TempDir(), "credentials")
-	write := func(id string) {
-		require.NoError(t, os.WriteFile(credentials, []byte("[default]\naws_access_key_id = "+id+"\naws_secret_access_key = s\n"), 0o600))
-	}
-	t.Setenv("AWS_ACCESS_KEY_ID", "")
-	t.Setenv("AWS_SECRET_ACCESS_KEY", "")
-	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", credentials)
-	minter, fake := newAWS(t)
-	fake.AddKey(fakeaws.Key{AccessKeyID: "AKIATWO", SecretAccessKey: "s", Principal: "two"})
-	write("AKIAONE")
-	_, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
-	require.ErrorIs(t, err, ErrWait)
-	write("AKIATWO")
-	reply, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
-	require.NoError(t, err)
-	requireGood(t, fake, Grant{Scope: frankfurt}, reply)
-	principal, err := minter.Principal(t.Context(), "eu-central-1")
-	require.NoError(t, err)
-	require.Equal(t, "two", principal)
 }

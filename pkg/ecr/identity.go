@@ -12,10 +12,7 @@ import (
 	"github.com/imps-node/imps/pkg/dockerconfig"
 )
 
-// SecretType is the type of banzaicloud/imps's Secret with the keys of an AWS identity.
-const SecretType = "banzaicloud.io/aws-ecr-login-config"
-
-// Keys of a Secret of SecretType. The first four must be there; sessionToken and externalID are imps's own.
+// Keys of banzaicloud/imps's Secret with AWS keys, of the type banzaicloud.io/aws-ecr-login-config. The first four must be there; sessionToken and externalID are imps's own.
 const (
 	keyAccountID    = "accountID"
 	keyRegion       = "region"
@@ -116,7 +113,7 @@ func NewGrant(scope Scope, identity Identity) (Grant, error) {
 	return g, nil
 }
 
-// ParseSecret returns what a Secret of SecretType asks for: a registry, and the grant that opens it. White space around
+// ParseSecret returns what banzaicloud/imps's Secret with AWS keys asks for: a registry, and the grant that opens it. White space around
 // values is forgiven. The error, ErrRegistry or ErrIdentity, names the key and never quotes a value of it.
 func ParseSecret(data map[string][]byte) (Registry, Grant, error) {
 	for _, key := range []string{keyAccountID, keyRegion, keyAccessKeyID, keySecretKey} {

@@ -49,24 +49,24 @@ var publicHosts = [...]string{"public.ecr.aws", "ecr-public.aws.com"}
 // partition is a part of AWS with names and credentials of its own.
 type partition struct {
 	name string
-	// region matches the names of its regions.
-	region *regexp.Regexp
+	// prefix is what the names of its regions begin with.
+	prefix string
 	// suffix and dualStack are what the hosts of its registries end in; empty where no such host is known.
 	suffix, dualStack string
 }
 
 // partitions are those of the SDK (aws-sdk-go-v2, internal/endpoints/awsrulesfn/partitions.json), with regions that
 // do not exist yet. The dual-stack suffixes are those of kubernetes/cloud-provider-aws, cmd/ecr-credential-provider.
-// The first match counts.
+// The first match counts; the last one has all regions that begin with a country or a continent in two letters.
 var partitions = []partition{
-	{"aws-cn", regexp.MustCompile(`^cn-`), "amazonaws.com.cn", "on.amazonwebservices.com.cn"},
-	{"aws-us-gov", regexp.MustCompile(`^us-gov-`), "amazonaws.com", "on.aws"},
-	{"aws-eusc", regexp.MustCompile(`^eusc-`), "amazonaws.eu", ""},
-	{"aws-iso", regexp.MustCompile(`^us-iso-`), "c2s.ic.gov", ""},
-	{"aws-iso-b", regexp.MustCompile(`^us-isob-`), "sc2s.sgov.gov", ""},
-	{"aws-iso-e", regexp.MustCompile(`^eu-isoe-`), "cloud.adc-e.uk", ""},
-	{"aws-iso-f", regexp.MustCompile(`^us-isof-`), "csp.hci.ic.gov", ""},
-	{"aws", regexp.MustCompile(`^[a-z]{2}-`), "amazonaws.com", "on.aws"},
+	{"aws-cn", "cn-", "amazonaws.com.cn", "on.amazonwebservices.com.cn"},
+	{"aws-us-gov", "us-gov-", "amazonaws.com", "on.aws"},
+	{"aws-eusc", "eusc-", "amazonaws.eu", ""},
+	{"aws-iso", "us-iso-", "c2s.ic.gov", ""},
+	{"aws-iso-b", "us-isob-", "sc2s.sgov.gov", ""},
+	{"aws-iso-e", "eu-isoe-", "cloud.adc-e.uk", ""},
+	{"aws-iso-f", "us-isof-", "csp.hci.ic.gov", ""},
+	{"aws", "", "amazonaws.com", "on.aws"},
 }
 
 const (
@@ -131,7 +131,7 @@ func partitionOf(region string) *partition {
 		return nil
 	}
 	for i := range partitions {
-		if partitions[i].region.MatchString(region) {
+		if prefix := partitions[i].prefix; prefix != "" && strings.HasPrefix(region, prefix) || prefix == "" && strings.IndexByte(region, '-') == 2 {
 			return &partitions[i]
 		}
 	}

@@ -92,12 +92,9 @@ type Status struct {
 	Token Token
 	// Err says why the last call failed, nil where it did not.
 	Err error
-	// Since is when the calls began to fail, by the clock of AWS.
-	Since time.Time
-	// Pending: nothing is known yet.
+	// Pending: nothing is known yet. Where there is neither a token nor an error and it is not pending, there is nothing to
+	// be had, and that is well.
 	Pending bool
-	// None: there is nothing to be had, and that is well.
-	None bool
 }
 
 // Config of Tokens. Everything is required.
@@ -140,9 +137,7 @@ type grantState struct {
 	wake  chan struct{}
 
 	token    Token
-	none     bool
 	err      error
-	since    time.Time
 	failures int
 	// success is when the last call succeeded.
 	success  time.Time
@@ -235,7 +230,7 @@ func (t *Tokens) take(g *grantState, token Token) {
 	if !t.usable(token) {
 		return // then AWS is asked before anything is told
 	}
-	g.token, g.answered, g.none = token, true, false
+	g.token, g.answered = token, true
 	g.renewal = renewal(token)
 	if g.failures == 0 {
 		if g.next = g.renewal; g.asItself() {
@@ -263,9 +258,12 @@ func (t *Tokens) Status(grant Grant) Status {
 	if g == nil {
 		return Status{Pending: true}
 	}
-	s := Status{Err: g.err, Since: g.since, Pending: !g.answered, None: g.none}
-	if t.usable(g.token) {
+	s := Status{Err: g.err, Pending: !g.answered}
+	switch {
+	case t.usable(g.token):
 		s.Token = g.token
+	case !g.token.IsZero() && g.err == nil: // it has come to its end, and AWS is about to be asked
+		s.Pending = true
 	}
 	return s
 }
@@ -305,6 +303,7 @@ func (t *Tokens) keep(ctx context.Context, g *grantState) {
 			end := g.token.Expires.Add(-g.token.margin())
 			if ended = !now.Before(end); ended {
 				g.token, g.outdated = Token{}, true
+				g.answered = g.err != nil
 			}
 			wait = min(wait, max(end.Sub(now), 0))
 		}
@@ -367,16 +366,12 @@ func (t *Tokens) call(ctx context.Context, g *grantState) {
 	t.mints.WithLabelValues(g.grant.Scope.String(), g.grant.Who(), resultOf(token, err)).Inc()
 	if err != nil {
 		err = fmt.Errorf("token for %s as %s: %w", g.grant.Scope, g.grant.Who(), err)
-		if g.failures == 0 {
-			g.since = now
-		}
 		g.err = err
 		g.next = now.Add(backoff(err, g.failures))
 		g.failures++
 	} else {
-		g.err, g.since, g.failures, g.none = nil, time.Time{}, 0, token.IsZero()
-		g.token, g.success = token, now
-		if g.next = now.Add(waitBackoff); !g.none {
+		g.err, g.failures, g.token, g.success = nil, 0, token, now
+		if g.next = now.Add(waitBackoff); !token.IsZero() {
 			g.renewal = renewal(token)
 			g.next = g.renewal
 		}
@@ -425,9 +420,6 @@ func (t *Tokens) isDue(g *grantState, principal string, unknown error) (due, cha
 		// In time for a few tries before its end.
 		if last := g.token.Expires.Add(-5 * g.token.margin()); now.Before(last) {
 			g.next = last
-			if g.err == nil {
-				g.since = now
-			}
 			g.err = fmt.Errorf("token for %s: %w from %s to %s; the token of the former stays in use until it expires at %s",
 				g.grant.Scope, ErrIdentityChanged, g.token.Principal, principal, g.token.Expires.UTC().Format(time.RFC3339))
 			return false, true
@@ -435,9 +427,6 @@ func (t *Tokens) isDue(g *grantState, principal string, unknown error) (due, cha
 		return true, false
 	}
 	if errors.Is(unknown, ErrNoCredentials) {
-		if g.failures == 0 {
-			g.since = now
-		}
 		g.err = fmt.Errorf("token for %s: %w", g.grant.Scope, unknown)
 		g.failures++
 		g.next = now.Add(waitBackoff)
@@ -447,7 +436,7 @@ func (t *Tokens) isDue(g *grantState, principal string, unknown error) (due, cha
 		return true, false
 	}
 	changed = g.err != nil
-	g.next, g.err, g.since, g.failures = g.renewal, nil, time.Time{}, 0
+	g.next, g.err, g.failures = g.renewal, nil, 0
 	return false, changed
 }
 

@@ -274,7 +274,6 @@ func TestAnOutageOfAWS(t *testing.T) {
 		s := w.tokens.Status(mine)
 		require.Equal(t, token, password(s))
 		require.EqualError(t, s.Err, "token for eu-central-1 as ambient: no such host")
-		require.WithinDuration(t, w.aws().Add(-5*time.Hour), s.Since, 2*time.Hour)
 
 		w.after(2*time.Hour - 2*time.Minute)
 		require.Equal(t, token, password(w.tokens.Status(mine)), "a minute before its end")
@@ -323,12 +322,11 @@ func TestNothingToBeHadIsNoFailure(t *testing.T) {
 		w.answers(func(context.Context, Grant) (Reply, error) { return Reply{Date: w.aws()}, nil })
 		w.tokens.Use("a", want(mine))
 		require.Equal(t, 1, w.after(time.Minute))
-		require.Equal(t, Status{None: true}, w.tokens.Status(mine))
+		require.Equal(t, Status{}, w.tokens.Status(mine))
 		require.Equal(t, 1, w.after(15*time.Minute))
 		w.answers(nil)
 		require.Equal(t, 1, w.after(15*time.Minute))
 		require.NotEmpty(t, password(w.tokens.Status(mine)))
-		require.False(t, w.tokens.Status(mine).None)
 	})
 }
 
@@ -479,7 +477,7 @@ func TestTheClockOfTheMachineDoesNotMatter(t *testing.T) {
 				require.True(t, w.aws().Before(s.Token.Expires))
 				w.after(30 * time.Minute) // whatever the first look was, a reply has set it right
 				require.LessOrEqual(t, w.count(), 2)
-				require.Zero(t, w.after(5*time.Hour-time.Minute)/2)
+				require.LessOrEqual(t, w.after(5*time.Hour-time.Minute), 1)
 			})
 		})
 	}
@@ -492,7 +490,7 @@ func TestASuspendedMachine(t *testing.T) {
 		w.after(time.Hour)
 		token := password(w.tokens.Status(mine))
 		w.suspend(13 * time.Hour)
-		require.Empty(t, password(w.tokens.Status(mine)), "before any timer has run out")
+		require.Equal(t, Status{Pending: true}, w.tokens.Status(mine), "before any timer has run out")
 		require.Equal(t, 1, w.after(maxSleep))
 		require.NotEmpty(t, password(w.tokens.Status(mine)))
 		require.NotEqual(t, token, password(w.tokens.Status(mine)))
@@ -723,7 +721,7 @@ func TestPermissionThatIsTakenBack(t *testing.T) {
 		require.Equal(t, 1, w.after(time.Minute))
 		w.answers(func(context.Context, Grant) (Reply, error) { return Reply{Date: w.aws()}, nil })
 		w.after(7 * time.Hour)
-		require.True(t, w.tokens.Status(mine).None)
+		require.Equal(t, Status{}, w.tokens.Status(mine))
 		require.LessOrEqual(t, w.after(time.Hour), 5)
 	})
 }

@@ -57,8 +57,6 @@ type Call struct {
 	Region string
 	// Principal that signed, or for AssumeRoleWithWebIdentity the role.
 	Principal string
-	// SessionName of AssumeRole.
-	SessionName string
 }
 
 // Fault is an answer other than the usual one. The first that is set counts.
@@ -306,7 +304,7 @@ var credentialScope = regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=([^/]+)/[
 // identify says which call a request is, and who makes it.
 func (s *Server) identify(r *http.Request, body []byte, form url.Values) (Call, error) {
 	if form.Get("Action") == "AssumeRoleWithWebIdentity" { // the one that is not signed
-		return Call{Service: "sts", Action: form.Get("Action"), Principal: form.Get("RoleArn"), SessionName: form.Get("RoleSessionName")}, nil
+		return Call{Service: "sts", Action: form.Get("Action"), Principal: form.Get("RoleArn")}, nil
 	}
 	parts := credentialScope.FindStringSubmatch(r.Header.Get("Authorization"))
 	if parts == nil {
@@ -330,7 +328,7 @@ func (s *Server) identify(r *http.Request, body []byte, form url.Values) (Call, 
 	if !key.Expires.IsZero() && !s.now().Before(key.Expires) {
 		return call, refusal{http.StatusForbidden, map[bool]string{true: "ExpiredToken", false: "ExpiredTokenException"}[service == "sts"], "The security token included in the request is expired"}
 	}
-	call.Principal, call.SessionName = key.Principal, form.Get("RoleSessionName")
+	call.Principal = key.Principal
 	switch target := r.Header.Get("X-Amz-Target"); {
 	case service == "ecr" && target == "AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken",
 		service == "ecr-public" && target == "SpencerFrontendService.GetAuthorizationToken":
