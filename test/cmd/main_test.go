@@ -7,8 +7,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -21,7 +19,6 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"go.uber.org/goleak"
 	"k8s.io/client-go/rest"
 
 	"github.com/imps-node/imps/test/cluster/cluster"
@@ -49,30 +46,10 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	code, err := runTests(context.Background(), m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
-
-func runTests(ctx context.Context, m *testing.M) (code int, err error) {
-	dir, err := os.MkdirTemp("", "imps-node-")
-	if err != nil {
-		return 1, err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	if binary, err = imps.Build(ctx, root, dir, "-ldflags", "-X main.version="+testVersion); err != nil {
-		return 1, err
-	}
-	if control, err = cluster.Run(ctx); err != nil {
-		return 1, err
-	}
-	if err = imps.Install(ctx, root, control); err == nil {
-		code = m.Run()
-	}
-	return code, errors.Join(err, control.Stop(), goleak.Find())
+	os.Exit(imps.RunTests(m, root, &control, func(ctx context.Context, dir string) (err error) {
+		binary, err = imps.Build(ctx, root, dir, "-ldflags", "-X main.version="+testVersion)
+		return err
+	}))
 }
 
 // kubeconfig writes a file that connects as config does.

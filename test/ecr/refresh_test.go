@@ -194,25 +194,14 @@ func TestRefresh(t *testing.T) {
 	r.holds(frankfurt)
 
 	before := r.aws.Grants()
-	r.eventuallyWithin(2*time.Minute, func() error {
+	imps.Eventually(t, 2*time.Minute, func() error {
 		if len(r.aws.Grants()) == len(before) {
-			return errors.New("the token is not renewed")
+			return errors.New("AWS was not asked")
 		}
 		return nil
-	})
+	}, "the token is not renewed")
 	renewed := r.holds(frankfurt)
 	require.Contains(t, string(renewed.Data[corev1.DockerConfigJsonKey]), r.aws.Grants()[len(before)].Password)
-}
-
-func (r *refresher) eventuallyWithin(d time.Duration, check func() error) {
-	r.t.Helper()
-	for deadline := time.Now().Add(d); ; r.pass(time.Second) {
-		err := check()
-		if err == nil {
-			return
-		}
-		require.True(r.t, time.Now().Before(deadline), err)
-	}
 }
 
 // A target of another type cannot be changed, and is told.

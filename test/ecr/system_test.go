@@ -155,19 +155,7 @@ func (s *system) findCanaries() {
 // eventually waits until check returns no error.
 func (s *system) eventually(check func() error, message string, args ...any) {
 	s.t.Helper()
-	deadline := time.Now().Add(within)
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			require.Fail(s.t, fmt.Sprintf(message, args...), "%v", err)
-		}
-		<-tick.C
-	}
+	imps.Eventually(s.t, within, check, message, args...)
 }
 
 // pass lets some time pass.

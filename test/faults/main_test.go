@@ -5,13 +5,9 @@ package faults
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
-
-	"go.uber.org/goleak"
 
 	"github.com/imps-node/imps/test/cluster/cluster"
 	"github.com/imps-node/imps/test/imps"
@@ -28,28 +24,8 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	code, err := run(context.Background(), m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
-
-func run(ctx context.Context, m *testing.M) (code int, err error) {
-	dir, err := os.MkdirTemp("", "imps-faults-")
-	if err != nil {
-		return 1, err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	if binary, err = imps.Build(ctx, root, dir, "-race"); err != nil {
-		return 1, err
-	}
-	if control, err = cluster.Run(ctx); err != nil {
-		return 1, err
-	}
-	if err = imps.Install(ctx, root, control); err == nil {
-		code = m.Run()
-	}
-	return code, errors.Join(err, control.Stop(), goleak.Find())
+	os.Exit(imps.RunTests(m, root, &control, func(ctx context.Context, dir string) (err error) {
+		binary, err = imps.Build(ctx, root, dir, "-race")
+		return err
+	}))
 }

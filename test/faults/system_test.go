@@ -119,19 +119,7 @@ func (s *system) freeLease() {
 // eventually waits until check returns no error.
 func (s *system) eventually(check func() error, message string, args ...any) {
 	s.t.Helper()
-	deadline := time.Now().Add(s.patience)
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			require.Fail(s.t, fmt.Sprintf(message, args...), "%v", err)
-		}
-		<-tick.C
-	}
+	imps.Eventually(s.t, s.patience, check, message, args...)
 }
 
 // pass lets some time pass.

@@ -33,6 +33,7 @@ import (
 	clusterduty "github.com/imps-node/imps/pkg/sync/cluster"
 	nodeduty "github.com/imps-node/imps/pkg/sync/node"
 	"github.com/imps-node/imps/test/cluster/cluster"
+	"github.com/imps-node/imps/test/imps"
 )
 
 const (
@@ -263,18 +264,7 @@ func (s *system) config(token, agent string) *rest.Config {
 // eventually waits until check returns no error.
 func (s *system) eventually(check func() error, message string, args ...any) {
 	s.t.Helper()
-	deadline := time.Now().Add(s.patience)
-	for tick := time.NewTicker(10 * time.Millisecond); ; <-tick.C {
-		err := check()
-		if err == nil {
-			tick.Stop()
-			return
-		}
-		if time.Now().After(deadline) {
-			tick.Stop()
-			require.Fail(s.t, fmt.Sprintf(message, args...), "%v", err)
-		}
-	}
+	imps.Eventually(s.t, s.patience, check, message, args...)
 }
 
 // dockerConfig returns a docker config with the canary as the password of each registry.

@@ -37,6 +37,11 @@ type Registry struct {
 	Grant Grant
 }
 
+// entry is what a docker config has for the registry, with a token.
+func (r Registry) entry(token dockerconfig.Sensitive) dockerconfig.Entry {
+	return dockerconfig.Entry{Key: dockerconfig.NewSensitive(r.Host), Username: dockerconfig.NewSensitive(ecrUsername), Password: token}
+}
+
 // Token is one that ECR has given out. Issued and Expires are by the clock of AWS.
 type Token struct {
 	Password        dockerconfig.Sensitive
@@ -178,9 +183,7 @@ func (c *credential) readTokens(from Tokens, tokens map[string]Token) {
 		}
 		tokens[id] = s.Token
 		c.expiries[r.Host] = s.Token.Expires
-		entries = append(entries, dockerconfig.Entry{
-			Key: dockerconfig.NewSensitive(r.Host), Username: dockerconfig.NewSensitive(ecrUsername), Password: s.Token.Password,
-		})
+		entries = append(entries, r.entry(s.Token.Password))
 	}
 	config, err := dockerconfig.New(entries...)
 	if err != nil {

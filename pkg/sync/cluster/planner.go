@@ -152,9 +152,7 @@ func (p *planner) planSources(ctx context.Context) error {
 func plannedTokens(registries []Registry) dockerconfig.Config {
 	var entries []dockerconfig.Entry
 	for _, r := range registries {
-		entries = append(entries, dockerconfig.Entry{
-			Key: dockerconfig.NewSensitive(r.Host), Username: dockerconfig.NewSensitive(ecrUsername), Password: dockerconfig.NewSensitive("a token of ECR"),
-		})
+		entries = append(entries, r.entry(dockerconfig.NewSensitive("a token of ECR")))
 	}
 	config, err := dockerconfig.New(entries...)
 	if err != nil {

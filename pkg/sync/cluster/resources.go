@@ -8,7 +8,6 @@ import (
 	"slices"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -103,6 +102,15 @@ func (t *term) putClaim(c *claim) {
 	t.mirrorTargets(name)
 }
 
+// reselect has every namespace looked at for a claim that selects anew. The caller holds the
+// lock.
+func (t *term) reselect(c *claim) {
+	t.expectOutcomes(c)
+	if name := c.rendered.Target.Name(); name != "" {
+		t.enqueueNamespaces(name)
+	}
+}
+
 // resourceChanged is told of every event of an ImagePullSecret.
 func (t *term) resourceChanged(_ types.NamespacedName, old, current **v1alpha1.ImagePullSecret) {
 	t.mu.Lock()
@@ -177,12 +185,8 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		published, _ := t.published(uid)
 		c = newClaim(r, published)
 		t.putClaim(c)
-		// What it has rendered before may be in force from now on.
-		t.expectOutcomes(c)
+		t.reselect(c) // as it was rendered before
 		t.enqueueTargetsOf(c)
-		if name := c.rendered.Target.Name(); name != "" {
-			t.enqueueNamespaces(name)
-		}
 	}
 	known := c.state
 	t.mu.Unlock()
@@ -300,7 +304,7 @@ func unexpired(rendered impsync.Rendered, now time.Time) (dockerconfig.Sensitive
 	if err != nil || len(rendered.Expiries) == 0 {
 		return held, nil, err
 	}
-	config, _, err := dockerconfig.Parse(string(corev1.SecretTypeDockerConfigJson), map[string][]byte{corev1.DockerConfigJsonKey: []byte(held.Reveal())})
+	config, err := parseConfig([]byte(held.Reveal()))
 	if err != nil {
 		return dockerconfig.Sensitive{}, nil, fmt.Errorf("what was rendered before: %w", err)
 	}
@@ -437,8 +441,7 @@ func (t *term) publish(ctx context.Context, c *claim, generation int64, known *s
 	c.setRendered(next, selection)
 	t.putClaim(c)
 	if reselected {
-		t.expectOutcomes(c)
-		t.enqueueNamespaces(next.Target.Name())
+		t.reselect(c)
 		return nil, nil
 	}
 	for namespace := range c.outcomes {
