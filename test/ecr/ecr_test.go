@@ -118,7 +118,7 @@ func TestOneIdentityCostsOneCall(t *testing.T) {
 		for j := range namespaces {
 			s.status(fmt.Sprint("r", j), ready)
 		}
-		s.pass(2 * time.Second)
+		s.pass(2 * time.Second) // what should not be asked for would have been by then
 	}
 	require.Zero(t, s.mints())
 	require.Len(t, s.aws.Grants(), 1)
@@ -169,7 +169,7 @@ func TestPullsDuringRotations(t *testing.T) {
 		s.pass(time.Second)
 		mints += s.mints()
 	}
-	s.pass(3 * time.Second)
+	s.pass(3 * time.Second) // the last one arrives, and a write too many would
 	mints += s.mints()
 	close(stop)
 	pulling.Wait()
