@@ -315,15 +315,31 @@ func (t Target) Config() (dockerconfig.Sensitive, error) {
 
 // WithOwners returns the target with one owner reference for each of these resources.
 func (t Target) WithOwners(owners []ResourceRef) (Target, error) {
+	return t.with(t.revision, func(body *targetBody) {
+		body.Metadata.OwnerReferences = nil
+		for _, owner := range owners {
+			body.Metadata.OwnerReferences = append(body.Metadata.OwnerReferences, owner.OwnerReference())
+		}
+	})
+}
+
+// WithConfig returns the target with other credentials, at another counter.
+func (t Target) WithConfig(counter uint64, config dockerconfig.Sensitive) (Target, error) {
+	revision := Revision{UID: t.revision.UID, Counter: counter}
+	return t.with(revision, func(body *targetBody) {
+		body.Metadata.Annotations[AnnotationRevision] = revision.String()
+		body.Data = map[string][]byte{corev1.DockerConfigJsonKey: []byte(config.Reveal())}
+	})
+}
+
+// with returns the target with a change.
+func (t Target) with(revision Revision, change func(*targetBody)) (Target, error) {
 	var body targetBody
 	if err := json.Unmarshal([]byte(t.body.Reveal()), &body); err != nil {
 		return Target{}, fmt.Errorf("target Secret %s: its own body is not valid JSON", t.name)
 	}
-	body.Metadata.OwnerReferences = nil
-	for _, owner := range owners {
-		body.Metadata.OwnerReferences = append(body.Metadata.OwnerReferences, owner.OwnerReference())
-	}
-	return newTarget(t.revision, body)
+	change(&body)
+	return newTarget(revision, body)
 }
 
 // Body returns the apply request. A resourceVersion makes it a conflict where the Secret is

@@ -167,7 +167,7 @@ func (c *credential) readTokens(from Tokens, tokens map[string]Token) {
 	if c.err != nil || len(c.registries) == 0 {
 		return
 	}
-	c.current, c.expiries = true, map[string]time.Time{}
+	c.lacking, c.expiries = map[string]struct{}{}, map[string]time.Time{}
 	var entries []dockerconfig.Entry
 	told := map[string]struct{}{}
 	for _, r := range c.registries {
@@ -178,16 +178,18 @@ func (c *credential) readTokens(from Tokens, tokens map[string]Token) {
 			c.err = errors.Join(c.err, s.Err)
 		}
 		told[id] = struct{}{}
-		if s.Token.Password.IsZero() {
-			continue
+		switch {
+		case !s.Token.Password.IsZero():
+			tokens[id] = s.Token
+			c.expiries[r.Host] = s.Token.Expires
+			entries = append(entries, r.entry(s.Token.Password))
+		case s.Err != nil:
+			c.lacking[r.Host] = struct{}{}
 		}
-		tokens[id] = s.Token
-		c.expiries[r.Host] = s.Token.Expires
-		entries = append(entries, r.entry(s.Token.Password))
 	}
 	config, err := dockerconfig.New(entries...)
 	if err != nil {
-		c.err, c.current = fmt.Errorf("tokens: %w", err), false
+		c.err, c.lacking, c.expiries = fmt.Errorf("tokens: %w", err), nil, nil
 		return
 	}
 	c.config = config

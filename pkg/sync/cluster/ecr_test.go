@@ -3,12 +3,16 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	"github.com/imps-node/imps/pkg/dockerconfig"
@@ -91,22 +95,19 @@ func TestTokensBecomeCredentials(t *testing.T) {
 		config   []string
 		status   map[string]string
 		tokens   []string
-		expires  map[string]time.Time // by source
-		expiries map[string]time.Time // by registry
+		expiries map[string]time.Time
 		pending  bool
 		failed   bool
 	}{
 		"one registry": {
 			sources: []v1alpha1.CredentialSource{inline("1.eu")}, statuses: map[string]TokenStatus{"eu": {Token: tokenOf("t", 12)}},
 			config: []string{"1.eu=t"}, status: map[string]string{"ecr.1.eu": "Ok"}, tokens: []string{"eu"},
-			expires:  map[string]time.Time{"ecr.1.eu": noon.Add(12 * time.Hour)},
 			expiries: map[string]time.Time{"1.eu": noon.Add(12 * time.Hour)},
 		},
 		"several, of which some share a token": {
 			sources:  []v1alpha1.CredentialSource{inline("1.eu", "2.eu", "3.us"), inline("4.eu")},
 			statuses: map[string]TokenStatus{"eu": {Token: tokenOf("t", 12)}, "us": {Token: tokenOf("u", 6)}},
 			config:   []string{"1.eu=t", "2.eu=t", "3.us=u", "4.eu=t"}, status: map[string]string{"ecr.1.eu": "Ok", "ecr.4.eu": "Ok"}, tokens: []string{"eu", "us"},
-			expires:  map[string]time.Time{"ecr.1.eu": noon.Add(6 * time.Hour), "ecr.4.eu": noon.Add(12 * time.Hour)},
 			expiries: map[string]time.Time{"1.eu": noon.Add(12 * time.Hour), "2.eu": noon.Add(12 * time.Hour), "3.us": noon.Add(6 * time.Hour), "4.eu": noon.Add(12 * time.Hour)},
 		},
 		"nothing is known yet": {
@@ -116,7 +117,6 @@ func TestTokensBecomeCredentials(t *testing.T) {
 			sources: []v1alpha1.CredentialSource{inline("1.eu", "2.eu")}, statuses: map[string]TokenStatus{"eu": {Token: tokenOf("t", 12), Err: away}},
 			config: []string{"1.eu=t", "2.eu=t"}, tokens: []string{"eu"},
 			status:   map[string]string{"ecr.1.eu": "AWS throttles; its last good credentials stay in use until 2026-03-02T00:00:00Z"},
-			expires:  map[string]time.Time{"ecr.1.eu": noon.Add(12 * time.Hour)},
 			expiries: map[string]time.Time{"1.eu": noon.Add(12 * time.Hour), "2.eu": noon.Add(12 * time.Hour)},
 			failed:   true,
 		},
@@ -128,7 +128,6 @@ func TestTokensBecomeCredentials(t *testing.T) {
 			sources: []v1alpha1.CredentialSource{inline("1.eu", "3.us")}, statuses: map[string]TokenStatus{"eu": {Token: tokenOf("t", 12)}, "us": {Err: away}},
 			config: []string{"1.eu=t"}, tokens: []string{"eu"},
 			status:   map[string]string{"ecr.1.eu": "AWS throttles; its last good credentials stay in use until 2026-03-02T00:00:00Z"},
-			expires:  map[string]time.Time{"ecr.1.eu": noon.Add(12 * time.Hour)},
 			expiries: map[string]time.Time{"1.eu": noon.Add(12 * time.Hour)},
 			failed:   true,
 		},
@@ -161,11 +160,10 @@ func TestTokensBecomeCredentials(t *testing.T) {
 			for _, id := range test.tokens {
 				require.True(t, tokens[id].equal(test.statuses[id].Token))
 			}
-			if test.expires == nil {
-				test.expires, test.expiries = map[string]time.Time{}, map[string]time.Time{}
+			require.Len(t, got.expiries, len(test.expiries))
+			for registry, expires := range test.expiries {
+				require.Equal(t, expires, got.expiries[registry])
 			}
-			require.Equal(t, test.expires, got.expires)
-			require.Equal(t, test.expiries, got.expiries)
 			require.Equal(t, test.failed, len(failedSources(got.sources)) > 0)
 			require.True(t, got.until.IsZero(), "whoever mints tokens watches over them")
 		})
@@ -176,26 +174,24 @@ func TestTokensBecomeCredentials(t *testing.T) {
 func TestTokensOfASourceThatCannotBeReadAnyMoreStayUntilTheyExpire(t *testing.T) {
 	t.Parallel()
 	broken := []credential{{key: "a", err: errors.New("no such key")}}
-	known := &state{
-		lastGood: map[string]dockerconfig.Config{"a": configOf(t, "1.eu=t")},
-		expires:  map[string]time.Time{"a": noon.Add(time.Hour)},
-	}
-	r := resolve(broken, known, noon.Add(time.Hour-1))
+	known := &state{lastGood: map[string]given{"a": {configOf(t, "1.eu=t"), map[string]time.Time{"1.eu": noon.Add(time.Hour)}}}}
+	end := noon.Add(time.Hour - expiryMargin)
+	r := resolve(broken, known, end.Add(-1))
 	require.Equal(t, []string{"1.eu=t"}, plain(r.config))
-	require.Equal(t, noon.Add(time.Hour), r.until)
+	require.Equal(t, end, r.until)
 	require.Equal(t, "no such key; its last good credentials stay in use until 2026-03-01T13:00:00Z", r.sources["a"])
-	r = resolve(broken, known, noon.Add(time.Hour))
+	r = resolve(broken, known, end)
 	require.Empty(t, r.config.Entries())
 	require.Empty(t, r.lastGood)
-	require.Empty(t, r.expires)
+	require.Zero(t, r.until)
 	require.Equal(t, "no such key", r.sources["a"])
 }
 
 // Where a docker config that is listed later has the same registry, that does not expire.
 func TestTheExpiryOfARegistryIsThatOfTheLastListed(t *testing.T) {
 	t.Parallel()
-	token := credential{key: "ecr", config: configOf(t, "1.eu=t", "2.eu=t"), expiries: map[string]time.Time{"1.eu": noon, "2.eu": noon}, current: true}
-	static := credential{key: "static", config: configOf(t, "1.eu=s")}
+	token := credential{key: "ecr", given: given{configOf(t, "1.eu=t", "2.eu=t"), map[string]time.Time{"1.eu": noon, "2.eu": noon}}}
+	static := credential{key: "static", given: given{config: configOf(t, "1.eu=s")}}
 	require.Equal(t, map[string]time.Time{"2.eu": noon}, resolve([]credential{token, static}, &state{}, noon).expiries)
 	require.Equal(t, map[string]time.Time{"1.eu": noon, "2.eu": noon}, resolve([]credential{static, token}, &state{}, noon).expiries)
 }
@@ -277,7 +273,7 @@ func TestTheStatusTellsHowLongCredentialsAreGood(t *testing.T) {
 
 func TestTheStatusSaysThatTheIdentityHasChanged(t *testing.T) {
 	t.Parallel()
-	credentials := []credential{{key: "ecr.1.eu", err: fmt.Errorf("x: %w", ErrIdentityChanged), config: configOf(t, "1.eu=t"), expiries: map[string]time.Time{"1.eu": noon.Add(time.Hour)}, current: true}}
+	credentials := []credential{{key: "ecr.1.eu", err: fmt.Errorf("x: %w", ErrIdentityChanged), given: given{configOf(t, "1.eu=t"), map[string]time.Time{"1.eu": noon.Add(time.Hour)}}, lacking: map[string]struct{}{}}}
 	r := resolve(credentials, &state{}, noon)
 	require.True(t, r.identityChanged)
 	c := &claim{sources: r.sources, identityChanged: r.identityChanged}
@@ -286,27 +282,149 @@ func TestTheStatusSaysThatTheIdentityHasChanged(t *testing.T) {
 	require.Contains(t, condition.Message, "stay in use until")
 }
 
-// Of what is held as it was rendered, as a source fails of which nothing is known, what has expired goes.
-func TestWhatHasExpiredIsNotHeld(t *testing.T) {
-	t.Parallel()
-	config, err := configOf(t, "1.eu=t", "2.us=u", "r.io=s").Render()
+// inForce is the resource "a", delivered as it was rendered with these registries and expiries.
+func (s *situation) inForce(t *testing.T, r *v1alpha1.ImagePullSecret, expiries map[string]time.Time, registries ...string) *claim {
+	t.Helper()
+	config, err := configOf(t, registries...).Render()
 	require.NoError(t, err)
-	r := resource(t, "a", 0, byName)
 	target, err := impsync.NewTarget(impsync.RefOf(r), r.Spec.Target.Secret, 7, config)
 	require.NoError(t, err)
-	rendered := impsync.Rendered{Target: target, Expiries: map[string]time.Time{"1.eu": noon.Add(time.Hour), "2.us": noon.Add(2 * time.Hour)}}
-	for hours, want := range map[int][]string{0: {"1.eu=t", "2.us=u", "r.io=s"}, 1: {"2.us=u", "r.io=s"}, 2: {"r.io=s"}} {
-		held, expiries, err := unexpired(rendered, noon.Add(time.Duration(hours)*time.Hour))
-		require.NoError(t, err)
-		got, _, err := dockerconfig.Parse(string(corev1.SecretTypeDockerConfigJson), map[string][]byte{corev1.DockerConfigJsonKey: []byte(held.Reveal())})
-		require.NoError(t, err)
-		require.Equal(t, want, plain(got))
-		require.Len(t, expiries, 2-hours)
+	rendered := impsync.Rendered{FormatVersion: 1, Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Expiries: expiries, Target: target}
+	s.rendered.Put(s.renderedKey(r.UID), renderedSecret{rendered: rendered, resourceVersion: "1"})
+	c := newClaim(r, rendered)
+	c.state = &state{counter: 7, resourceVersion: "5"}
+	s.byUID[r.UID] = r
+	s.putClaim(c)
+	return c
+}
+
+// Where what a resource holds cannot be told from its sources alone, tokens are renewed and go when they expire all the
+// same.
+func TestWhatIsHeldHasTheNewestTokensAndNoneThatHasExpired(t *testing.T) {
+	t.Parallel()
+	at := func(hours int) time.Time { return noon.Add(time.Duration(hours) * time.Hour) }
+	for name, test := range map[string]struct {
+		renewed []string
+		more    bool
+		hours   int
+		want    map[string]time.Time // zero for what does not expire
+	}{
+		"nothing is renewed":                   {nil, false, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}}},
+		"one has expired":                      {nil, false, 1, map[string]time.Time{"2.us=u": at(2), "r.io=s": {}}},
+		"all that expire have":                 {nil, false, 2, map[string]time.Time{"r.io=s": {}}},
+		"one is renewed":                       {[]string{"1.eu=new"}, false, 0, map[string]time.Time{"1.eu=new": at(12), "2.us=u": at(2), "r.io=s": {}}},
+		"one is renewed, the other has ended":  {[]string{"1.eu=new"}, false, 2, map[string]time.Time{"1.eu=new": at(12), "r.io=s": {}}},
+		"nothing comes to it":                  {[]string{"3.eu=new", "r.io=new"}, false, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}}},
+		"something comes to it where it may":   {[]string{"3.eu=new"}, true, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}, "3.eu=new": at(12)}},
+		"what does not expire is not replaced": {[]string{"r.io=new"}, true, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				s.inCloud().now = at(test.hours)
+				c := s.inForce(t, resource(t, "a", 0, byName), map[string]time.Time{"1.eu": at(1), "2.us": at(2)}, "1.eu=t", "2.us=u", "r.io=s")
+				resolved := resolution{given: given{config: configOf(t, append(test.renewed, "static.io=x")...), expiries: map[string]time.Time{}}}
+				for _, entry := range test.renewed {
+					registry, _, _ := strings.Cut(entry, "=")
+					resolved.expiries[registry] = at(12)
+				}
+				held, err := s.hold(c.rendered, resolved, test.more)
+				require.NoError(t, err)
+				got := map[string]time.Time{}
+				for _, entry := range plain(held.config) {
+					registry, _, _ := strings.Cut(entry, "=")
+					got[entry] = held.expiries[registry]
+				}
+				require.Equal(t, test.want, got)
+				s.queuedResources()
+				<-time.After(time.Minute)
+				synctest.Wait()
+				watched := map[bool]int{true: 1}[slices.ContainsFunc(plain(held.config), func(e string) bool { return e == "1.eu=t" || e == "2.us=u" })]
+				require.Len(t, s.queuedResources(), watched, "nobody else watches over what is not renewed")
+			})
+		})
 	}
-	rendered.Expiries = nil
-	held, _, err := unexpired(rendered, noon)
-	require.NoError(t, err)
-	require.Equal(t, config.Reveal(), held.Reveal())
+}
+
+// Whatever is wrong with the newest spec, tokens in what is in force do not expire for it.
+func TestTokensAreRenewedWhereTheSpecHasAProblem(t *testing.T) {
+	t.Parallel()
+	huge := v1alpha1.CredentialSource{Namespace: "registry-access", Name: "huge"}
+	for name, test := range map[string]struct {
+		target  string
+		sources []v1alpha1.CredentialSource
+		problem string
+	}{
+		"a name that is not allowed":   {`{secret: {name: nope}, namespaces: {names: [m]}}`, nil, "nope"},
+		"a selector that is none":      {`{secret: {name: pull}, namespaces: {labels: [{matchExpressions: [{key: x, operator: Foo}]}]}}`, nil, "Foo"},
+		"more than a Secret can hold":  {byName, []v1alpha1.CredentialSource{huge}, "too large"},
+		"a state that is lost besides": {`{secret: {name: nope}, namespaces: {names: [m]}}`, nil, "nope"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, s *situation) {
+				ecr := s.inCloud()
+				there := sourceMirror(t, s.term, corev1.Secret{
+					ObjectMeta: metav1.ObjectMeta{Namespace: huge.Namespace, Name: huge.Name}, Type: corev1.SecretTypeDockerConfigJson,
+					Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"r.io":{"username":"u","password":"` + noise(corev1.MaxSecretSize/5*2) + `"}}}`)},
+				})
+				there.stop = func() {}
+				s.sources[types.NamespacedName{Namespace: huge.Namespace, Name: huge.Name}] = there
+				c := s.inForce(t, resource(t, "a", 0, byName), map[string]time.Time{"1.eu": noon.Add(time.Hour)}, "1.eu=old", "r.io=s")
+				c.state.tokens = map[string]Token{"eu": tokenOf("old", 1)}
+				if strings.Contains(name, "lost") {
+					c.state = &state{incomplete: true}
+				}
+				r := resource(t, "a", 0, test.target)
+				r.Generation = 2
+				r.Spec.Registry.Credentials = append(test.sources, inline("1.eu", "2.eu"))
+				s.byUID[r.UID] = r
+				ecr.statuses["eu"] = TokenStatus{Token: tokenOf(canary, 12)}
+				s.server().accepts = true
+				r.APIVersion, r.Kind = v1alpha1.GroupVersion.String(), v1alpha1.Kind.Kind
+				s.server().answers = map[string]any{"GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a": r}
+				require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+				require.ErrorContains(t, c.problem, test.problem)
+				asked := slices.DeleteFunc(s.server().asked(), func(request string) bool { return strings.HasPrefix(request, "GET") })
+				require.Len(t, asked, 2, "state and rendered Secret: %v", asked)
+				require.Equal(t, uint64(8), c.rendered.Target.Revision().Counter)
+				require.Equal(t, "pull", c.rendered.Target.Name())
+				require.Contains(t, c.rendered.Namespaces.Names, "n")
+				raw, err := c.rendered.Target.Config()
+				require.NoError(t, err)
+				config, err := parseConfig([]byte(raw.Reveal()))
+				require.NoError(t, err)
+				require.ElementsMatch(t, []string{"1.eu=" + canary, "r.io=s"}, plain(config), "renewed, and nothing else")
+				require.Equal(t, map[string]time.Time{"1.eu": noon.Add(12 * time.Hour)}, c.rendered.Expiries)
+				require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+				require.Empty(t, s.server().asked(), "once")
+			})
+		})
+	}
+}
+
+// A source that asks as somebody else from now on, and gets nothing.
+func TestOtherKeysThatGetNothingLeaveTheTokenThatThereWas(t *testing.T) {
+	t.Parallel()
+	term := newTestTerm(t)
+	ecr := term.inCloud()
+	r := withSources(t, inline("1.eu", "2.eu", "3.us"))
+	known := &state{lastGood: map[string]given{"ecr.1.eu": {
+		configOf(t, "1.eu=old", "9.eu=old", "3.us=u"), map[string]time.Time{"1.eu": noon.Add(time.Hour), "9.eu": noon.Add(time.Hour), "3.us": noon.Add(time.Hour)},
+	}}}
+	ecr.statuses = map[string]TokenStatus{"eu": {Err: errors.New("AWS throttles")}, "us": {}}
+	look := func(now time.Time) resolution {
+		credentials := term.readCredentials(r)
+		term.useTokens(r.UID, credentials, nil)
+		return resolve(credentials, known, now)
+	}
+	got := look(noon)
+	require.Equal(t, []string{"1.eu=old"}, plain(got.config), "only what is still asked for, and nothing where nothing is to be had")
+	require.Equal(t, map[string]time.Time{"1.eu": noon.Add(time.Hour)}, got.expiries)
+	require.Equal(t, noon.Add(time.Hour-expiryMargin), got.until, "nobody else watches over it")
+	require.Equal(t, "AWS throttles; its last good credentials stay in use until 2026-03-01T13:00:00Z", got.sources["ecr.1.eu"])
+	require.True(t, got.lastGood["ecr.1.eu"].equal(got.given))
+	require.Empty(t, look(noon.Add(time.Hour-expiryMargin)).config.Entries())
+	ecr.statuses["eu"] = TokenStatus{Token: tokenOf("new", 12)}
+	require.Equal(t, []string{"1.eu=new", "2.eu=new"}, plain(look(noon).config))
 }
 
 // A whole look at a resource: the token goes to state and rendered Secret, and from there everywhere.
@@ -326,7 +444,6 @@ func TestAResourceWaitsForItsTokens(t *testing.T) {
 		require.Error(t, err, "there is no server")
 		requireSilent(t, err.Error())
 		require.Equal(t, []string{"POST /api/v1/namespaces/imps-system/secrets"}, s.server().asked(), "its state first")
-		require.Equal(t, noon.Add(12*time.Hour), c.expires)
 		s.releaseTokens(r.UID)
 		require.Empty(t, ecr.used["uid-a"])
 	})

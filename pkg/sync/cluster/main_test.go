@@ -9,8 +9,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -69,6 +71,8 @@ type noServer struct {
 	resources []*v1alpha1.ImagePullSecret
 	// answers are what it answers to single requests, a Status or an object.
 	answers map[string]any
+	// accepts: it takes what is written in protobuf or applied, and answers with the UID "there".
+	accepts bool
 	// before is called before a request is answered.
 	before func(*http.Request)
 }
@@ -103,6 +107,16 @@ func (n *noServer) RoundTrip(request *http.Request) (*http.Response, error) {
 			list.Items = append(list.Items, metav1.PartialObjectMetadata{ObjectMeta: r.ObjectMeta})
 		}
 		return answer(http.StatusOK, list)
+	}
+	if n.accepts && (request.Method == http.MethodPost || request.Method == http.MethodPatch) {
+		secret := corev1.Secret{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"}}
+		if request.Method == http.MethodPatch {
+			if err := json.NewDecoder(request.Body).Decode(&secret); err != nil {
+				return nil, err
+			}
+		}
+		secret.UID, secret.ResourceVersion = "there", strconv.Itoa(1000+len(n.requests))
+		return answer(http.StatusOK, secret)
 	}
 	if n.refusal == nil {
 		return nil, fmt.Errorf("dial: %w", syscall.ECONNREFUSED)
@@ -349,6 +363,16 @@ func configOf(t *testing.T, registries ...string) dockerconfig.Config {
 	config, err := dockerconfig.New(entries...)
 	require.NoError(t, err)
 	return config
+}
+
+// noise is so many bytes that do not compress.
+func noise(n int) string {
+	random := rand.New(rand.NewPCG(1, 2))
+	raw := make([]byte, n)
+	for i := range raw {
+		raw[i] = byte(random.UintN(256))
+	}
+	return base64.StdEncoding.EncodeToString(raw)[:n]
 }
 
 // plain is the inverse of configOf.

@@ -183,10 +183,8 @@ func (r *Refresher) refresh(work context.Context) error {
 		return errIncomplete
 	}
 	r.tell(resolved.sources)
-	r.known.lastGood, r.known.expires = resolved.lastGood, resolved.expires
-	if !resolved.until.IsZero() {
-		r.queue.AddAfter(refreshUser, resolved.until.Sub(now))
-	}
+	r.known.lastGood = resolved.lastGood
+	lookAgain(r.queue, refreshUser, resolved.until, now)
 	there, exists := r.target.Get(r.config.Target)
 	if resolved.empty && !exists {
 		return errIncomplete // there is nothing to write

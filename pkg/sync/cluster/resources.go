@@ -11,6 +11,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/util/workqueue"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	"github.com/imps-node/imps/pkg/dockerconfig"
@@ -46,8 +47,6 @@ type claim struct {
 	failure    error // passing, of the API server
 	skipped    []error
 	sources    map[string]string
-	// expires is when the first credential expires, zero where none does.
-	expires time.Time
 	// identityChanged: the coordinator is not who it was when it asked ECR for a token.
 	identityChanged bool
 	// unread: the sources have not all been read yet in this term.
@@ -205,9 +204,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	now := t.awsNow()
 	resolved := resolve(credentials, known, now)
 	resolved.tokens = tokens
-	if !resolved.until.IsZero() {
-		t.resourceQueue.AddAfter(uid, resolved.until.Sub(now))
-	}
+	lookAgain(t.resourceQueue, uid, resolved.until, now)
 	if resolved.pending {
 		t.change(func() { c.state = known })
 		return nil // the source's watch brings it back
@@ -216,6 +213,12 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 	var failure error
 	if problem == nil {
 		problem, failure = t.renderAndPublish(ctx, r, c, known, resolved, selection)
+	}
+	if problem != nil {
+		var worse error
+		if worse, failure = t.renewInForce(ctx, r, c, known, resolved); worse != nil {
+			problem = fmt.Errorf("%w; and tokens of what was delivered before are not renewed: %w", problem, worse)
+		}
 	}
 	class := impsync.ClassifyError(failure)
 	if errors.Is(failure, errSuperseded) || errors.Is(failure, errLeaseStale) || errors.Is(failure, errStateGone) || class == impsync.ClassConflict || class == impsync.ClassGone {
@@ -232,7 +235,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		undecided := c.undecided()
 		solved := (c.problem != nil || c.failure != nil) && problem == nil && failure == nil
 		c.generation, c.sources, c.skipped, c.unread = r.Generation, resolved.sources, skipped, false
-		c.expires, c.identityChanged = earliest(resolved.expires), resolved.identityChanged
+		c.identityChanged = resolved.identityChanged
 		c.problem, c.failure = problem, failure
 		if undecided && !c.undecided() || solved {
 			// It delivers nothing, and others may claim what it left; or what it holds may go.
@@ -249,11 +252,94 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 		return nil, t.withdraw(ctx, c, r.Generation)
 	}
 	t.mu.Lock()
-	current, minCounter := c.rendered, c.minCounter
+	current := c.rendered
 	t.mu.Unlock()
 	if current.Target.IsZero() && resolved.empty {
 		return nil, nil
 	}
+	remembered := state{lastGood: resolved.lastGood, tokens: resolved.tokens}
+	credentials := resolved.given
+	if !current.Target.IsZero() && known.incomplete && resolved.incomplete {
+		// What this source gave before is only in the rendered Secret, merged: keep that.
+		remembered.incomplete = true
+		if credentials, problem = t.hold(current, resolved, true); problem != nil {
+			return problem, nil
+		}
+	}
+	next := impsync.Rendered{Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods, Expiries: credentials.expiries}
+	return t.render(ctx, c, r.Generation, known, remembered, next, credentials.config, selection, func(counter uint64, config dockerconfig.Sensitive) (impsync.Target, error) {
+		return impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config)
+	})
+}
+
+// renewInForce renews the tokens in what is in force of a resource whose newest spec has a problem, and changes nothing else.
+func (t *term) renewInForce(ctx context.Context, r *v1alpha1.ImagePullSecret, c *claim, known *state, resolved resolution) (problem, failure error) {
+	t.mu.Lock()
+	current, selection := c.rendered, c.selection
+	t.mu.Unlock()
+	if len(current.Expiries) == 0 {
+		return nil, nil
+	}
+	credentials, err := t.hold(current, resolved, false)
+	if err != nil {
+		return err, nil
+	}
+	remembered := *known
+	remembered.tokens = maps.Clone(known.tokens)
+	for id, token := range resolved.tokens {
+		if _, ok := remembered.tokens[id]; ok {
+			remembered.tokens[id] = token
+		}
+	}
+	next := current
+	next.Resource, next.Expiries = impsync.RefOf(r), credentials.expiries
+	return t.render(ctx, c, r.Generation, known, remembered, next, credentials.config, selection, current.Target.WithConfig)
+}
+
+// hold returns what was rendered before, as far as it has not expired, with the tokens that are new since. It is for where
+// what a resource holds cannot be told from its sources alone; more says whether registries come to it that it did not have.
+func (t *term) hold(current impsync.Rendered, resolved resolution, more bool) (given, error) {
+	raw, err := current.Target.Config()
+	if err != nil {
+		return given{}, err
+	}
+	config, err := parseConfig([]byte(raw.Reveal()))
+	if err != nil {
+		return given{}, fmt.Errorf("what was rendered before: %w", err)
+	}
+	has := config.Registries()
+	renewed := resolved.only(func(registry string) bool {
+		_, isToken := resolved.expiries[registry]
+		_, wasToken := current.Expiries[registry]
+		return isToken && (wasToken || more && !slices.Contains(has, registry))
+	})
+	now := t.awsNow()
+	held := given{config, current.Expiries}.unexpired(now).only(func(registry string) bool {
+		_, ok := renewed.expiries[registry]
+		return !ok
+	})
+	lookAgain(t.resourceQueue, current.Resource.UID, held.end(), now)
+	return merge(held, renewed), nil
+}
+
+// lookAgain has something looked at when it is time, and until then every minute: timers stand still while a machine is
+// suspended, tokens do not.
+func lookAgain[T comparable](queue workqueue.TypedDelayingInterface[T], item T, until, now time.Time) {
+	if !until.IsZero() {
+		queue.AddAfter(item, min(until.Sub(now), time.Minute))
+	}
+}
+
+// render publishes what a resource asks for from now on, under a counter that is higher than that of anything that it
+// differs from. Of the state that is to be remembered the counter is missing, of the rendered form its target, which
+// targetOf makes.
+func (t *term) render(
+	ctx context.Context, c *claim, generation int64, known *state, remembered state, next impsync.Rendered, config dockerconfig.Config, selection *impsync.Selection,
+	targetOf func(counter uint64, config dockerconfig.Sensitive) (impsync.Target, error),
+) (problem, failure error) {
+	t.mu.Lock()
+	current, minCounter := c.rendered, c.minCounter
+	t.mu.Unlock()
 	published, there := t.published(c.ref.UID)
 	counter := current.Target.Revision().Counter
 	outrun := max(published.Target.Revision().Counter, minCounter) > counter ||
@@ -264,23 +350,12 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 			return nil, err
 		}
 	}
-	config, err := resolved.config.Render()
+	rendered, err := config.Render()
 	if err != nil {
 		return fmt.Errorf("render the merged credentials: %w", err), nil
 	}
-	hold := !current.Target.IsZero() && known.incomplete && resolved.incomplete
-	if hold {
-		// What this source gave before is only in the rendered Secret, merged: keep that.
-		now := t.awsNow()
-		if config, resolved.expiries, err = unexpired(current, now); err != nil {
-			return err, nil
-		}
-		if until := earliest(resolved.expiries); !until.IsZero() {
-			t.resourceQueue.AddAfter(c.ref.UID, until.Sub(now))
-		}
-	}
-	next := impsync.Rendered{Expiries: resolved.expiries, FormatVersion: t.formatVersion(published.FormatVersion), Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods}
-	if next.Target, err = impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config); err != nil {
+	next.FormatVersion = t.formatVersion(published.FormatVersion)
+	if next.Target, err = targetOf(counter, rendered); err != nil {
 		return err, nil
 	}
 	if !there || outrun || !next.Target.SameContent(current.Target) {
@@ -291,44 +366,12 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 		if !ours {
 			counter++
 		}
-		if next.Target, err = impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config); err != nil {
+		if next.Target, err = targetOf(counter, rendered); err != nil {
 			return err, nil
 		}
 	}
-	return t.publish(ctx, c, r.Generation, known, state{counter: counter, lastGood: resolved.lastGood, expires: resolved.expires, tokens: resolved.tokens, incomplete: hold}, next, selection)
-}
-
-// unexpired returns what was rendered without the credentials that have expired, and when the others do.
-func unexpired(rendered impsync.Rendered, now time.Time) (dockerconfig.Sensitive, map[string]time.Time, error) {
-	held, err := rendered.Target.Config()
-	if err != nil || len(rendered.Expiries) == 0 {
-		return held, nil, err
-	}
-	config, err := parseConfig([]byte(held.Reveal()))
-	if err != nil {
-		return dockerconfig.Sensitive{}, nil, fmt.Errorf("what was rendered before: %w", err)
-	}
-	expiries := maps.Clone(rendered.Expiries)
-	maps.DeleteFunc(expiries, func(_ string, expires time.Time) bool { return !now.Before(expires) })
-	entries := slices.DeleteFunc(config.Entries(), func(e dockerconfig.Entry) bool {
-		expires, ok := rendered.Expiries[e.Registry()]
-		return ok && !now.Before(expires)
-	})
-	if config, err = dockerconfig.New(entries...); err != nil {
-		return dockerconfig.Sensitive{}, nil, fmt.Errorf("what was rendered before: %w", err)
-	}
-	held, err = config.Render()
-	return held, expiries, err
-}
-
-// earliest is the first of some times, zero where there is none.
-func earliest(times map[string]time.Time) (first time.Time) {
-	for _, at := range times {
-		if first.IsZero() || at.Before(first) {
-			first = at
-		}
-	}
-	return first
+	remembered.counter = counter
+	return t.publish(ctx, c, generation, known, remembered, next, selection)
 }
 
 // change changes what the lock guards.

@@ -14,7 +14,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
-	"github.com/imps-node/imps/pkg/dockerconfig"
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
@@ -266,7 +265,7 @@ func newRendering(t *testing.T, s *situation, registries ...string) *rendering {
 	r := &rendering{situation: s, resource: resource(t, "a", 0, byName), known: &state{}}
 	r.claim = newClaim(r.resource, impsync.Rendered{})
 	s.claims["uid-a"], s.byUID["uid-a"] = r.claim, r.resource
-	r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, registries...)}}, &state{}, noon)
+	r.resolved = resolve([]credential{{key: "ns.a", given: given{config: configOf(t, registries...)}}}, &state{}, noon)
 	return r
 }
 
@@ -347,7 +346,7 @@ func TestWhatWasThereIsNotWrittenAnewWithoutAWordOfItsResource(t *testing.T) {
 		require.Equal(t, []string{"POST /api/v1/namespaces/imps-system/secrets"}, s.server().asked(), "the first time nobody is asked")
 
 		r.claim.setRendered(r.remembers(7), nil)
-		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}}, &state{}, noon)
+		r.resolved = resolve([]credential{{key: "ns.a", given: given{config: configOf(t, "r.io=2")}}}, &state{}, noon)
 		_, failure = r.render()
 		require.Equal(t, impsync.ClassRetry, impsync.ClassifyError(failure))
 		require.Equal(t, []string{owner}, s.server().asked())
@@ -365,7 +364,7 @@ func TestWhatCannotBeMergedAnewStaysAsItWasRendered(t *testing.T) {
 		before := r.remembers(7)
 		before.Namespaces = v1alpha1.NamespaceSelector{}
 		r.claim.setRendered(before, nil)
-		r.resolved = resolve([]credential{{key: "ns.a", config: configOf(t, "r.io=2")}, {key: "ns.b", err: errors.New("x")}}, &state{}, noon)
+		r.resolved = resolve([]credential{{key: "ns.a", given: given{config: configOf(t, "r.io=2")}}, {key: "ns.b", err: errors.New("x")}}, &state{}, noon)
 		// Where the state is complete, that source has never given anything: the rest is merged.
 		r.known = &state{uid: "uid-state", resourceVersion: "1"}
 		_, failure := r.render()
@@ -388,16 +387,16 @@ func TestCredentialsThatAreTooLargeAreAProblemOfTheResource(t *testing.T) {
 	}{
 		"merged": {func(t *testing.T) resolution {
 			t.Helper()
-			return resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize))}}, &state{}, noon)
+			return resolve([]credential{{key: "ns.a", given: given{config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize))}}}, &state{}, noon)
 		}},
 		"rendered": {func(t *testing.T) resolution {
 			t.Helper()
-			return resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/5*2))}}, &state{}, noon)
+			return resolve([]credential{{key: "ns.a", given: given{config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/5*2))}}}, &state{}, noon)
 		}},
 		"of all sources together": {func(t *testing.T) resolution {
 			t.Helper()
 			config := configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/4))
-			return resolve([]credential{{key: "ns.a", config: config}, {key: "ns.b", config: config}}, &state{}, noon)
+			return resolve([]credential{{key: "ns.a", given: given{config: config}}, {key: "ns.b", given: given{config: config}}}, &state{}, noon)
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -521,7 +520,7 @@ func TestAChangedSelectionHasEveryNamespaceLookedAt(t *testing.T) {
 
 func TestSensitiveInputsOfARenderArePrintedNowhere(t *testing.T) {
 	t.Parallel()
-	resolved := resolve([]credential{{key: "ns.a", config: configOf(t, "r.io="+canary)}}, &state{lastGood: map[string]dockerconfig.Config{"ns.b": configOf(t, "s.io="+canary)}}, noon)
+	resolved := resolve([]credential{{key: "ns.a", given: given{config: configOf(t, "r.io="+canary)}}}, &state{lastGood: map[string]given{"ns.b": {config: configOf(t, "s.io="+canary)}}}, noon)
 	c := newClaim(resource(t, "a", 0, byName), renderedAt(t, resource(t, "a", 0, byName), 1))
 	c.state = &state{lastGood: resolved.lastGood}
 	requireSilent(t, strings.Join([]string{sprintAll(resolved), sprintAll(c), sprintAll(*c.state), sprintAll(renderedSecret{rendered: c.rendered}), sprintAll(decision{target: c.rendered.Target})}, "\n"))

@@ -55,14 +55,13 @@ func sourceOf(s *corev1.Secret, ecr ECRSources) sourceSecret {
 type credential struct {
 	// key is that of status.sourceSecretStatus.
 	key string
-	// config is valid where err is nil, or where it is current.
-	config dockerconfig.Config
+	// given is what may be used now, also where an ECR source has an error.
+	given
 	// registries are those of an ECR source.
 	registries []Registry
-	// expiries are when entries of config expire, by registry and the clock of AWS, those that do.
-	expiries map[string]time.Time
-	// current: config is what may be used now, whatever err says.
-	current bool
+	// lacking are those of them for which there is no token, for a reason that err tells. It is nil where it is not known
+	// what the source asks for.
+	lacking map[string]struct{}
 	err     error
 	// withdrawn: the source is gone or not allowed, so that nothing of it may be used any
 	// more. Any other error leaves its last good entries in use.
@@ -113,7 +112,7 @@ func (s *source) read(key types.NamespacedName, c *credential) {
 	case !ok:
 		c.err, c.withdrawn = errors.New("not found"), true
 	default:
-		c.config, c.registries, c.err = secret.config, secret.registries, secret.err
+		c.given, c.registries, c.err = given{config: secret.config}, secret.registries, secret.err
 	}
 }
 
@@ -184,17 +183,14 @@ func (t *term) sourceChanged(key types.NamespacedName) {
 	}
 }
 
-// resolution is the merged credentials of a resource.
+// resolution is what the sources of a resource give, merged.
 type resolution struct {
-	config dockerconfig.Config
-	// lastGood are the entries to fall back on next time, by source, and expires when they expire, those that do.
-	lastGood map[string]dockerconfig.Config
-	expires  map[string]time.Time
+	given
+	// lastGood is what to fall back on next time, by source.
+	lastGood map[string]given
 	// tokens are those in use, by the grant's ID.
 	tokens map[string]Token
-	// expiries are when the entries of config expire, by registry, those that do.
-	expiries map[string]time.Time
-	// until is when credentials expire that nobody else watches over; zero where there are none.
+	// until is when credentials come to their end that nobody else watches over; zero where there are none.
 	until time.Time
 	// identityChanged: the coordinator is not who it was when it asked for a token.
 	identityChanged bool
@@ -207,13 +203,13 @@ type resolution struct {
 	incomplete bool
 }
 
-// resolve merges credentials in listed order: the last listed wins. A source that fails
-// keeps its last good entries, until they expire.
+// resolve merges credentials in listed order: the last listed wins. What a source that fails cannot give now, it has given
+// before, as long as that has not expired.
 func resolve(credentials []credential, known *state, now time.Time) resolution {
-	r := resolution{lastGood: map[string]dockerconfig.Config{}, sources: map[string]string{}, expires: map[string]time.Time{}, expiries: map[string]time.Time{}}
-	var configs []dockerconfig.Config
+	r := resolution{lastGood: map[string]given{}, sources: map[string]string{}}
+	var all []given
 	for _, c := range credentials {
-		config, good, expires := c.config, true, earliest(c.expiries)
+		g, good := c.given, true
 		r.identityChanged = r.identityChanged || errors.Is(c.err, ErrIdentityChanged)
 		switch {
 		case c.pending:
@@ -221,48 +217,35 @@ func resolve(credentials []credential, known *state, now time.Time) resolution {
 			return r
 		case c.err == nil:
 			r.sources[c.key] = v1alpha1.SourceOK
+		case c.withdrawn:
+			r.sources[c.key], good = impsync.Explain(c.err), false
 		default:
+			last, found := known.lastGood[c.key]
+			before := last.unexpired(now)
+			good = found && (len(before.config.Entries()) > 0 || len(last.config.Entries()) == 0)
+			if c.lacking != nil {
+				before = before.only(func(registry string) bool { _, lacks := c.lacking[registry]; return lacks })
+				good = len(g.config.Entries())+len(before.config.Entries()) > 0
+			}
+			r.until = first(r.until, before.end())
+			g = merge(g, before)
 			r.sources[c.key] = impsync.Explain(c.err)
-			if c.current {
-				good = len(config.Entries()) > 0
-			} else {
-				config, good = known.lastGood[c.key]
-				expires = known.expires[c.key]
-				good = good && (expires.IsZero() || now.Before(expires))
-			}
-			if good && !c.current && !expires.IsZero() && (r.until.IsZero() || expires.Before(r.until)) {
-				r.until = expires
-			}
-			switch {
-			case c.withdrawn:
-				good = false
-			case good && expires.IsZero():
-				r.sources[c.key] += "; its last good credentials stay in use"
-			case good:
-				r.sources[c.key] += "; its last good credentials stay in use until " + expires.UTC().Format(time.RFC3339)
-			default:
+			switch expires := earliest(g.expiries); {
+			case !good:
 				r.incomplete = true
+			case expires.IsZero():
+				r.sources[c.key] += "; its last good credentials stay in use"
+			default:
+				r.sources[c.key] += "; its last good credentials stay in use until " + expires.UTC().Format(time.RFC3339)
 			}
 		}
-		if !good {
-			continue
-		}
-		configs = append(configs, config)
-		r.lastGood[c.key] = config
-		if !expires.IsZero() {
-			r.expires[c.key] = expires
-		}
-		for _, e := range config.Entries() { // the last listed wins
-			delete(r.expiries, e.Registry())
-			if at, ok := c.expiries[e.Registry()]; ok {
-				r.expiries[e.Registry()] = at
-			} else if !expires.IsZero() {
-				r.expiries[e.Registry()] = expires
-			}
+		if good {
+			all = append(all, g)
+			r.lastGood[c.key] = g
 		}
 	}
-	r.empty = len(configs) == 0 && len(credentials) > 0
-	r.config = dockerconfig.Merge(configs...)
+	r.empty = len(all) == 0 && len(credentials) > 0
+	r.given = merge(all...)
 	return r
 }
 

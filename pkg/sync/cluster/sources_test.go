@@ -18,14 +18,13 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
-	"github.com/imps-node/imps/pkg/dockerconfig"
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
 func TestResolve(t *testing.T) {
 	t.Parallel()
 	good := func(key string, registries ...string) credential {
-		return credential{key: key, config: configOf(t, registries...)}
+		return credential{key: key, given: given{config: configOf(t, registries...)}}
 	}
 	broken := func(key string) credential { return credential{key: key, err: errors.New("not base64")} }
 	gone := func(key string) credential {
@@ -115,9 +114,9 @@ func TestResolve(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			lastGood := map[string]dockerconfig.Config{}
+			lastGood := map[string]given{}
 			for key, registries := range test.lastGood {
-				lastGood[key] = configOf(t, registries...)
+				lastGood[key] = given{config: configOf(t, registries...)}
 			}
 			r := resolve(test.credentials, &state{lastGood: lastGood}, noon)
 			require.Equal(t, test.config, plain(r.config))
@@ -126,8 +125,8 @@ func TestResolve(t *testing.T) {
 			}
 			require.Equal(t, test.sources, r.sources)
 			remembered := map[string][]string{}
-			for key, config := range r.lastGood {
-				remembered[key] = plain(config)
+			for key, g := range r.lastGood {
+				remembered[key] = plain(g.config)
 			}
 			if test.remembered == nil {
 				test.remembered = map[string][]string{}
@@ -144,7 +143,7 @@ func TestResolve(t *testing.T) {
 
 func TestResolveWaitsUntilEverySourceWasRead(t *testing.T) {
 	t.Parallel()
-	a := credential{key: "a", config: configOf(t, "r.io=1")}
+	a := credential{key: "a", given: given{config: configOf(t, "r.io=1")}}
 	pending := credential{key: "b", pending: true}
 	for _, credentials := range [][]credential{{pending}, {a, pending}, {pending, a}} {
 		require.True(t, resolve(credentials, &state{}, noon).pending)
@@ -182,7 +181,7 @@ func TestSourceOf(t *testing.T) {
 		requireSilent(t, read.err.Error())
 	}
 	require.ErrorIs(t, sourceOf(secret(ecrSecretType, "", ""), nil).err, errNotSupported)
-	requireSilent(t, fmt.Sprintf("%v %+v %#v", read, read, resolve([]credential{{key: "a", config: configOf(t, "r.io="+canary)}}, &state{}, noon)))
+	requireSilent(t, fmt.Sprintf("%v %+v %#v", read, read, resolve([]credential{{key: "a", given: given{config: configOf(t, "r.io="+canary)}}}, &state{}, noon)))
 }
 
 // sourceMirror is the watch of a source that has read these Secrets and lost its server.
@@ -284,7 +283,7 @@ func TestASourceThatCannotBeReadKeepsWhatItGaveBefore(t *testing.T) {
 		"it cannot be listed":                       {list: forbidden, want: credential{err: forbidden}},
 		"it cannot be watched any more":             {watch: forbidden, want: credential{err: forbidden}},
 		"it cannot be watched, and is not there":    {watch: forbidden, absent: true, want: credential{err: forbidden}},
-		"the server is away: what was read counts":  {watch: apierrors.NewInternalError(errors.New("x")), want: credential{config: configOf(t, "r.io=1")}},
+		"the server is away: what was read counts":  {watch: apierrors.NewInternalError(errors.New("x")), want: credential{given: given{config: configOf(t, "r.io=1")}}},
 		"the server is away, and it was not there":  {watch: apierrors.NewInternalError(errors.New("x")), absent: true, want: credential{err: errors.New("not found"), withdrawn: true}},
 		"the server is away from the very start on": {list: apierrors.NewInternalError(errors.New("x")), want: credential{err: apierrors.NewInternalError(errors.New("x"))}},
 	}

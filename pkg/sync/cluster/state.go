@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -30,10 +31,8 @@ const stateKey = "state"
 type state struct {
 	// counter is the highest that any target was rendered with.
 	counter uint64
-	// lastGood are the last good entries of each source.
-	lastGood map[string]dockerconfig.Config
-	// expires is when they expire, by the clock of AWS, those that do.
-	expires map[string]time.Time
+	// lastGood is what each source gave last.
+	lastGood map[string]given
 	// tokens of ECR, by the ID of their grant.
 	tokens map[string]Token
 	// uid and resourceVersion are those of the state Secret; empty where there was none.
@@ -48,9 +47,14 @@ type state struct {
 type stateRecord struct {
 	Counter    uint64                 `json:"counter"`
 	Incomplete bool                   `json:"incomplete,omitempty"`
-	LastGood   map[string][]byte      `json:"lastGood"`
-	Expires    map[string]time.Time   `json:"expires,omitempty"`
+	LastGood   map[string]givenRecord `json:"lastGood"`
 	Tokens     map[string]tokenRecord `json:"tokens,omitempty"`
+}
+
+// givenRecord is the JSON of what a source gave.
+type givenRecord struct {
+	Config   []byte               `json:"config"`
+	Expiries map[string]time.Time `json:"expiries,omitempty"`
 }
 
 // tokenRecord is the JSON of a token.
@@ -62,16 +66,16 @@ type tokenRecord struct {
 }
 
 func encodeState(s state) ([]byte, error) {
-	record := stateRecord{Counter: s.counter, Incomplete: s.incomplete, LastGood: map[string][]byte{}, Expires: s.expires, Tokens: map[string]tokenRecord{}}
+	record := stateRecord{Counter: s.counter, Incomplete: s.incomplete, LastGood: map[string]givenRecord{}, Tokens: map[string]tokenRecord{}}
 	for id, token := range s.tokens {
 		record.Tokens[id] = tokenRecord{Password: []byte(token.Password.Reveal()), Issued: token.Issued, Expires: token.Expires, Principal: token.Principal}
 	}
-	for key, config := range s.lastGood {
-		rendered, err := config.Render()
+	for key, g := range s.lastGood {
+		rendered, err := g.config.Render()
 		if err != nil {
 			return nil, fmt.Errorf("last good credentials of %s: %w", key, err)
 		}
-		record.LastGood[key] = []byte(rendered.Reveal())
+		record.LastGood[key] = givenRecord{Config: []byte(rendered.Reveal()), Expiries: g.expiries}
 	}
 	raw, err := json.Marshal(record)
 	if err != nil {
@@ -88,16 +92,16 @@ func decodeState(raw []byte) (state, error) {
 	if err := json.Unmarshal(raw, &record); err != nil {
 		return state{}, errors.New("state: not valid JSON")
 	}
-	s := state{counter: record.Counter, incomplete: record.Incomplete, lastGood: map[string]dockerconfig.Config{}, expires: record.Expires, tokens: map[string]Token{}}
+	s := state{counter: record.Counter, incomplete: record.Incomplete, lastGood: map[string]given{}, tokens: map[string]Token{}}
 	for id, token := range record.Tokens {
 		s.tokens[id] = Token{Password: dockerconfig.NewSensitive(token.Password), Issued: token.Issued, Expires: token.Expires, Principal: token.Principal}
 	}
 	for key, value := range record.LastGood {
-		config, err := parseConfig(value)
+		config, err := parseConfig(value.Config)
 		if err != nil {
 			return state{}, fmt.Errorf("state of %s: %w", key, err)
 		}
-		s.lastGood[key] = config
+		s.lastGood[key] = given{config, value.Expiries}
 	}
 	return s, nil
 }
@@ -110,31 +114,19 @@ func parseConfig(raw []byte) (dockerconfig.Config, error) {
 
 // sameState reports whether writing b over a would change nothing.
 func sameState(a, b state) bool {
-	return a.resourceVersion != "" && a.counter == b.counter && a.incomplete == b.incomplete && maps.EqualFunc(a.lastGood, b.lastGood, sameConfig) &&
-		maps.EqualFunc(a.expires, b.expires, time.Time.Equal) && maps.EqualFunc(a.tokens, b.tokens, Token.equal)
+	return a.resourceVersion != "" && a.counter == b.counter && a.incomplete == b.incomplete && maps.EqualFunc(a.lastGood, b.lastGood, given.equal) &&
+		maps.EqualFunc(a.tokens, b.tokens, Token.equal)
 }
 
 func sameConfig(a, b dockerconfig.Config) bool {
-	return equalEntries(a.Entries(), b.Entries())
-}
-
-func equalEntries(a, b []dockerconfig.Entry) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if !a[i].Equal(b[i]) {
-			return false
-		}
-	}
-	return true
+	return slices.EqualFunc(a.Entries(), b.Entries(), dockerconfig.Entry.Equal)
 }
 
 // readState reads the state of a resource. One that cannot be decoded counts as missing.
 func (t *term) readState(ctx context.Context, uid types.UID) (state, error) {
 	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
 	defer cancel()
-	missing := state{incomplete: true, lastGood: map[string]dockerconfig.Config{}}
+	missing := state{incomplete: true}
 	secret, err := t.core.Secrets(t.config.Namespace).Get(ctx, impsync.StateName(uid), metav1.GetOptions{})
 	switch {
 	case apierrors.IsNotFound(err):

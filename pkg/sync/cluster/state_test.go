@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
@@ -33,9 +34,10 @@ func TestStateIsEncodedAndDecoded(t *testing.T) {
 		"a counter":        {counter: 42},
 		"incomplete":       {counter: 42, incomplete: true},
 		"the last counter": {counter: 1 << 63},
-		"sources": {counter: 7, lastGood: map[string]dockerconfig.Config{
-			"ns.a": configOf(t, "r.io=1", "s.io=2"), "ns.empty": {}, "ecr.1.dkr.ecr.eu-central-1.amazonaws.com": tokens, "ns.odd": odd,
-		}},
+		"sources": {counter: 7, lastGood: map[string]given{
+			"ns.a": {config: configOf(t, "r.io=1", "s.io=2")}, "ns.empty": {}, "ns.tokens": {config: tokens}, "ns.odd": {config: odd},
+			"ecr.1.dkr.ecr.eu-central-1.amazonaws.com": {configOf(t, "1.dkr.ecr.eu-central-1.amazonaws.com=t"), map[string]time.Time{"1.dkr.ecr.eu-central-1.amazonaws.com": noon}},
+		}, tokens: map[string]Token{"id": tokenOf(canary, 12), "other": {Principal: "arn:aws:iam::111111111111:role/x"}}},
 	} {
 		raw, err := encodeState(s)
 		require.NoError(t, err, name)
@@ -57,7 +59,7 @@ func TestStateIsEncodedAndDecoded(t *testing.T) {
 func TestSameState(t *testing.T) {
 	t.Parallel()
 	with := func(counter uint64, key string, registries ...string) state {
-		return state{counter: counter, lastGood: map[string]dockerconfig.Config{key: configOf(t, registries...)}, resourceVersion: "5"}
+		return state{counter: counter, lastGood: map[string]given{key: {config: configOf(t, registries...)}}, resourceVersion: "5"}
 	}
 	a := with(1, "a", "r.io=1", "s.io=2")
 	incomplete := with(1, "a", "r.io=1", "s.io=2")
@@ -80,17 +82,17 @@ func TestSameState(t *testing.T) {
 	} {
 		require.Equal(t, test.want, sameState(test.known, a), name)
 	}
-	require.True(t, sameState(state{resourceVersion: "5"}, state{lastGood: map[string]dockerconfig.Config{}}))
+	require.True(t, sameState(state{resourceVersion: "5"}, state{lastGood: map[string]given{}}))
 }
 
 func TestAStateThatFitsIntoNoSecretIsAnError(t *testing.T) {
 	t.Parallel()
 	huge := configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/3))
-	_, err := encodeState(state{lastGood: map[string]dockerconfig.Config{"a": huge, "b": huge}})
+	_, err := encodeState(state{lastGood: map[string]given{"a": {config: huge}, "b": {config: huge}}})
 	require.ErrorContains(t, err, "too large")
 	requireSilent(t, err.Error())
 	tooHuge := configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize))
-	_, err = encodeState(state{lastGood: map[string]dockerconfig.Config{"ns.a": tooHuge}})
+	_, err = encodeState(state{lastGood: map[string]given{"ns.a": {config: tooHuge}}})
 	require.ErrorContains(t, err, "ns.a")
 	requireSilent(t, err.Error())
 }
@@ -98,7 +100,7 @@ func TestAStateThatFitsIntoNoSecretIsAnError(t *testing.T) {
 func TestAStateThatIsNoneIsRefusedWithoutBeingQuoted(t *testing.T) {
 	t.Parallel()
 	entry := func(content string) string {
-		raw, err := json.Marshal(map[string]any{"counter": 1, "lastGood": map[string][]byte{"a": []byte(content)}})
+		raw, err := json.Marshal(map[string]any{"counter": 1, "lastGood": map[string]any{"a": map[string][]byte{"config": []byte(content)}}})
 		require.NoError(t, err)
 		return string(raw)
 	}
@@ -107,7 +109,7 @@ func TestAStateThatIsNoneIsRefusedWithoutBeingQuoted(t *testing.T) {
 		"no JSON":            canary,
 		"another type":       `"` + canary + `"`,
 		"a negative counter": `{"counter":-1}`,
-		"entries in clear":   `{"counter":1,"lastGood":{"a":"` + canary + `!"}}`,
+		"entries in clear":   `{"counter":1,"lastGood":{"a":{"config":"` + canary + `!"}}}`,
 		"no docker config":   entry(canary),
 		"a bad entry":        entry(`{"auths":{"r.io":{"auth":"` + canary + `!"}}}`),
 	} {
@@ -126,8 +128,8 @@ func FuzzDecodeState(f *testing.F) {
 	f.Add(raw)
 	for _, seed := range []string{
 		``, `null`, `{}`, `{"counter":18446744073709551615,"lastGood":null}`,
-		`{"counter":1,"lastGood":{"a":"eyJhdXRocyI6eyJyLmlvIjp7ImF1dGgiOiJkVHB3In19fQ==","b":null}}`,
-		`{"counter":1,"lastGood":{"a":"eyJhdXRocyI6bnVsbH0=","":""}}`, `{"counter":1,"lastGood":{"a":"` + canary + `"}}`,
+		`{"counter":1,"lastGood":{"a":{"config":"eyJhdXRocyI6eyJyLmlvIjp7ImF1dGgiOiJkVHB3In19fQ==","expiries":{"r.io":"2026-03-01T12:00:00Z"}},"b":null}}`,
+		`{"counter":1,"lastGood":{"a":{"config":"eyJhdXRocyI6bnVsbH0="},"":{}}}`, `{"counter":1,"lastGood":{"a":"` + canary + `"}}`,
 	} {
 		f.Add([]byte(seed))
 	}

@@ -123,7 +123,7 @@ func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
 	s := t.summarize(c)
 	status := t.statusOf(r, c, s)
 	counter := c.rendered.Target.Revision().Counter
-	expires := c.expires
+	expires := earliest(c.rendered.Expiries)
 	rotated := status.Status == v1alpha1.StatusReady && c.reported != counter && c.reported != 0
 	t.exportMetrics(r.Name, s, status) // under the lock: once it has ended, nothing is
 	t.mu.Unlock()
