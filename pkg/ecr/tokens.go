@@ -32,6 +32,8 @@ const (
 	waitBackoff = 15 * time.Minute
 	// maxSleep bounds every wait: timers stand still while a machine is suspended, tokens do not.
 	maxSleep = time.Minute
+	// identityFresh is for how long it counts who the process was.
+	identityFresh = time.Minute
 	// tolerableSkew is by how much the clock may differ from AWS's without a word. AWS refuses signatures that are
 	// off by more (https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-troubleshooting.html).
 	tolerableSkew = 5 * time.Minute
@@ -122,9 +124,18 @@ type Tokens struct {
 	baseAt time.Duration
 	// skew is what the clock lacked to it at the last reply.
 	skew time.Duration
-	// principal is who the process itself is, empty before that is known. identify shares the question.
+	// self is who the process itself is; identify shares the question.
+	self     self
+	identify singleflight.Group
+}
+
+// self is who the process itself is, by the last answer that said so, and at what boot time and with what error that was
+// last asked.
+type self struct {
 	principal string
-	identify  singleflight.Group
+	asked     bool
+	at        time.Duration
+	err       error
 }
 
 // grantState is a grant that somebody uses. The lock of Tokens guards all but the first two.
@@ -380,28 +391,31 @@ func (t *Tokens) call(ctx context.Context, g *grantState) {
 	t.config.Changed(g.id)
 }
 
-// whoIsIt asks who the process itself is, until it is known.
+// whoIsIt asks who the process itself is, once for all who want to know within a minute. With an error it is who it was.
 func (t *Tokens) whoIsIt(ctx context.Context, region string) (string, error) {
-	t.mu.Lock()
-	principal := t.principal
-	t.mu.Unlock()
-	if principal != "" {
-		return principal, nil
-	}
 	answer, err, _ := t.identify.Do("", func() (any, error) {
-		ctx, cancel := context.WithTimeout(ctx, callTimeout)
+		t.mu.Lock()
+		known, boot := t.self, t.config.Clock.Boot()
+		t.mu.Unlock()
+		if known.asked && boot-known.at < identityFresh {
+			return known.principal, known.err
+		}
+		asking, cancel := context.WithTimeout(ctx, callTimeout)
 		defer cancel()
-		principal, err := t.config.Minter.Principal(ctx, region)
+		principal, err := t.config.Minter.Principal(asking, region)
+		if ctx.Err() != nil {
+			return known.principal, err // it was not AWS that failed
+		}
 		if err != nil {
 			t.config.Log.Debug("cannot find out who the coordinator is at AWS", "error", err)
-			return "", err
+			principal = known.principal
 		}
 		t.mu.Lock()
 		defer t.mu.Unlock()
-		t.principal = principal
-		return principal, nil
+		t.self = self{principal, true, boot, err}
+		return principal, err
 	})
-	principal, _ = answer.(string)
+	principal, _ := answer.(string)
 	return principal, err
 }
 
@@ -417,14 +431,16 @@ func (t *Tokens) isDue(g *grantState, principal string, unknown error) (due, cha
 		return true, false
 	}
 	if principal != "" && g.token.Principal != "" && g.token.Principal != principal {
-		// In time for a few tries before its end.
-		if last := g.token.Expires.Add(-5 * g.token.margin()); now.Before(last) {
-			g.next = last
-			g.err = fmt.Errorf("token for %s: %w from %s to %s; the token of the former stays in use until it expires at %s",
-				g.grant.Scope, ErrIdentityChanged, g.token.Principal, principal, g.token.Expires.UTC().Format(time.RFC3339))
-			return false, true
+		// In time for a few tries before its end. Until then it may become the former again.
+		last := g.token.Expires.Add(-5 * g.token.margin())
+		if !now.Before(last) {
+			return true, false
 		}
-		return true, false
+		g.next = now.Add(min(waitBackoff, last.Sub(now)))
+		was := g.err
+		g.err = fmt.Errorf("token for %s: %w from %s to %s; the token of the former stays in use until it expires at %s",
+			g.grant.Scope, ErrIdentityChanged, g.token.Principal, principal, g.token.Expires.UTC().Format(time.RFC3339))
+		return false, was == nil || was.Error() != g.err.Error()
 	}
 	if errors.Is(unknown, ErrNoCredentials) {
 		g.err = fmt.Errorf("token for %s: %w", g.grant.Scope, unknown)

@@ -629,9 +629,53 @@ func TestACoordinatorThatIsSomebodyElse(t *testing.T) {
 				require.NoError(t, s.Err)
 				require.NotEqual(t, "old", password(s))
 				require.Equal(t, test.principal, s.Token.Principal)
-				if test.is != "" {
-					require.LessOrEqual(t, w.asked, 1)
+			})
+		})
+	}
+}
+
+// A coordinator that becomes somebody else while it runs, as by another role for its Pod Identity association, and back.
+func TestACoordinatorThatBecomesSomebodyElse(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.tokens.Use("a", want(mine))
+		require.Equal(t, 1, w.after(time.Second))
+		first := password(w.tokens.Status(mine))
+		w.is("you")
+		require.Zero(t, w.after(7*time.Hour), "it is asked before the token is renewed")
+		require.ErrorIs(t, w.tokens.Status(mine).Err, ErrIdentityChanged)
+		require.Equal(t, first, password(w.tokens.Status(mine)))
+		told := w.changes()
+		require.Zero(t, w.after(time.Hour))
+		require.Equal(t, told, w.changes(), "told once")
+		w.is("me")
+		require.Equal(t, 1, w.after(waitBackoff+time.Minute))
+		s := w.tokens.Status(mine)
+		require.NoError(t, s.Err)
+		require.NotEqual(t, first, password(s))
+
+		w.is("you")
+		require.Zero(t, w.after(11*time.Hour))
+		require.Equal(t, 1, w.after(time.Hour))
+		require.Equal(t, "you", w.tokens.Status(mine).Token.Principal)
+		w.is("")
+		require.Equal(t, 1, w.after(7*time.Hour), "where it cannot be found out, it is who it was")
+		require.Equal(t, "you", w.tokens.Status(mine).Token.Principal)
+	})
+}
+
+// All regions at once, and it is asked once who asks; also where there is no answer.
+func TestWhoItIsIsAskedOnceForAll(t *testing.T) {
+	for _, principal := range []string{"me", "", "nobody"} {
+		t.Run(principal, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				w.is(principal)
+				for i := range 40 {
+					grant := mine
+					grant.Region = fmt.Sprint("region-", i)
+					w.tokens.Use(fmt.Sprint(i), want(grant))
 				}
+				require.Equal(t, 40, w.after(10*time.Second))
+				require.Equal(t, 1, w.asked)
 			})
 		})
 	}
