@@ -29,8 +29,11 @@ func FormatVersions() []int { return []int{1} }
 const (
 	renderedKeyVersion = "formatVersion"
 	renderedKeyRecord  = "rendered"
-	renderedKeyTarget  = "target"
+	renderedKeyTarget  = "target" // compressed
 )
+
+// maxTargetBytes bounds the body of a target: base64 grows by a third, and labels, annotations and owners have room.
+const maxTargetBytes = 2 * corev1.MaxSecretSize
 
 // ErrFormatVersion is returned for a rendered Secret of a version that this build cannot
 // read. The reader keeps what it had.
@@ -123,7 +126,7 @@ func EncodeRendered(r Rendered) (map[string][]byte, error) {
 	data := map[string][]byte{
 		renderedKeyVersion: []byte(strconv.Itoa(r.FormatVersion)),
 		renderedKeyRecord:  record,
-		renderedKeyTarget:  []byte(r.Target.body.Reveal()),
+		renderedKeyTarget:  Compress([]byte(r.Target.body.Reveal())),
 	}
 	size := 0
 	for key, value := range data {
@@ -161,7 +164,11 @@ func decodeRendered(data map[string][]byte, versions []int) (Rendered, error) {
 	if err := json.Unmarshal(data[renderedKeyRecord], &record); err != nil {
 		return Rendered{}, errors.New("rendered form: the record is not valid JSON")
 	}
-	target, err := parseTarget(data[renderedKeyTarget])
+	body, err := Expand(data[renderedKeyTarget], maxTargetBytes)
+	if err != nil {
+		return Rendered{}, fmt.Errorf("rendered form: the target: %w", err)
+	}
+	target, err := parseTarget(body)
 	if err != nil {
 		return Rendered{}, fmt.Errorf("rendered form: %w", err)
 	}

@@ -90,12 +90,13 @@ func TestTwoRolesBehindOneKeyPairHaveTwoTokens(t *testing.T) {
 	require.Equal(t, map[string]string{"one": "333333333333", "two": "444444444444"}, accounts)
 }
 
-// Ten accounts, many registries and several resources behind one identity cost one call; neither agents nor new leaders
-// cost any.
+// Many accounts and registries and several resources behind one identity cost one call; neither agents nor new leaders cost
+// any.
 func TestOneIdentityCostsOneCall(t *testing.T) {
 	s := newSystem(t)
 	first := s.coordinator("first", "coordinator")
 	s.leads(first)
+	s.agents(50)
 	var hosts []string
 	for i := range 200 {
 		hosts = append(hosts, fmt.Sprintf("%012d.dkr.ecr.eu-central-1.amazonaws.com", 100000000000+i))
@@ -107,6 +108,7 @@ func TestOneIdentityCostsOneCall(t *testing.T) {
 		auths, _, err := s.auths(namespace)
 		require.NoError(t, err)
 		require.Len(t, auths, 200)
+		s.status(fmt.Sprint("r", i), ready)
 	}
 	require.Equal(t, 1, s.mints())
 	leaders := []*imps.Process{first}
@@ -236,6 +238,63 @@ func TestAnOutageOfAWSIsToldBeforeAnythingBreaks(t *testing.T) {
 	s.aws.Faults(nil)
 	s.opens(namespace, frankfurt, "eu-central-1", false)
 	s.status("r", ready)
+}
+
+// A mistake in the spec leaves in force what was delivered before, and the token in it does not expire for that.
+func TestATokenIsRenewedWhereTheSpecHasAProblem(t *testing.T) {
+	s := newSystem(t)
+	s.aws.Life = 40 * time.Second
+	s.coordinator("coordinator", "coordinator")
+	namespace := s.namespace()
+	s.resource("r", namespace, `[{ecr: {registries: [`+frankfurt+`]}}]`)
+	before := s.opens(namespace, frankfurt, "eu-central-1", false)
+	_, was, err := s.auths(namespace)
+	require.NoError(t, err)
+	s.retarget("r", "not-allowed")
+	s.status("r", failed("not-allowed"))
+	s.eventually(func() error {
+		if s.opens(namespace, frankfurt, "eu-central-1", false) == before {
+			return errors.New("it is still the same")
+		}
+		return nil
+	}, "the token is not renewed")
+	_, is, err := s.auths(namespace)
+	require.NoError(t, err)
+	require.Equal(t, was.UID, is.UID)
+	s.status("r", failed("not-allowed"))
+	s.retarget("r", imps.SecretName)
+	s.status("r", ready)
+}
+
+// Other keys that get nothing leave the token that there was, also with the next leader.
+func TestOtherKeysThatGetNothing(t *testing.T) {
+	s := newSystem(t)
+	first := s.coordinator("first", "coordinator")
+	s.keys("keys")
+	namespace := s.namespace()
+	s.resource("r", namespace, `[{name: keys, namespace: `+imps.SourceNamespace+`}]`)
+	before := s.opens(namespace, frankfurt, "eu-central-1", false)
+	kept := func(status v1alpha1.ImagePullSecretStatus) error {
+		source := status.SourceSecretStatus[imps.SourceNamespace+".keys"]
+		if !strings.Contains(source, "AssumeRole: AWS does not allow it (AccessDenied)") || !strings.Contains(source, "; its last good credentials stay in use until ") {
+			return errors.New("it does not say so")
+		}
+		return nil
+	}
+	s.keys("keys", "roleArn=arn:aws:iam::999999999999:role/none")
+	s.status("r", kept)
+	require.Equal(t, before, s.opens(namespace, frankfurt, "eu-central-1", false))
+	second := s.coordinator("second", "coordinator")
+	require.NoError(t, first.Terminate())
+	s.leads(second)
+	s.status("r", kept)
+	require.Equal(t, before, s.opens(namespace, frankfurt, "eu-central-1", false))
+	s.keys("keys", "accountID=210987654321")
+	s.opens(namespace, "210987654321.dkr.ecr.eu-central-1.amazonaws.com", "eu-central-1", false)
+	s.status("r", ready)
+	auths, _, err := s.auths(namespace)
+	require.NoError(t, err)
+	require.NotContains(t, auths, frankfurt, "it is not asked for any more")
 }
 
 // A leader that is somebody else at AWS keeps the tokens of the one before.

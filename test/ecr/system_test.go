@@ -21,6 +21,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
@@ -172,6 +173,29 @@ func (s *system) coordinator(name, key string) *imps.Process {
 	spec, err := imps.Coordinator(s.t.Context(), control)
 	require.NoError(s.t, err)
 	spec.Name = name
+	return s.start(spec, key)
+}
+
+// agents starts agents, each on a node of its own, with the coordinator's access key within their reach, and waits until they
+// are ready.
+func (s *system) agents(n int) {
+	s.t.Helper()
+	processes := make([]*imps.Process, n)
+	for i := range processes {
+		spec, err := imps.Agent(s.t.Context(), control, fmt.Sprint(s.prefix, "node-", i))
+		require.NoError(s.t, err)
+		processes[i] = s.start(spec, "coordinator")
+	}
+	ctx, cancel := context.WithTimeout(s.t.Context(), 2*time.Minute)
+	defer cancel()
+	for _, p := range processes {
+		require.NoError(s.t, p.AwaitReady(ctx))
+	}
+}
+
+// start starts imps with an access key for AWS, or with none where key is empty.
+func (s *system) start(spec imps.Spec, key string) *imps.Process {
+	s.t.Helper()
 	spec.Env = append(spec.Env,
 		"AWS_ENDPOINT_URL_ECR="+s.awsURL, "AWS_ENDPOINT_URL_ECR_PUBLIC="+s.awsURL, "AWS_ENDPOINT_URL_STS="+s.awsURL,
 		"AWS_CONFIG_FILE="+os.DevNull, "AWS_SHARED_CREDENTIALS_FILE="+os.DevNull, "AWS_EC2_METADATA_DISABLED=true")
@@ -263,6 +287,14 @@ func (s *system) status(name string, check func(v1alpha1.ImagePullSecretStatus) 
 		return nil
 	}, "the status of %s does not come", name)
 	return r.Status
+}
+
+// retarget changes the name of a resource's target Secret.
+func (s *system) retarget(name, secret string) {
+	s.t.Helper()
+	patch := []byte(`{"spec":{"target":{"secret":{"name":"` + secret + `"}}}}`)
+	_, err := s.dynamic.Resource(v1alpha1.Resource).Patch(s.t.Context(), s.prefix+name, types.MergePatchType, patch, metav1.PatchOptions{})
+	require.NoError(s.t, err)
 }
 
 func ready(status v1alpha1.ImagePullSecretStatus) error {

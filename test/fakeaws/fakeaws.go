@@ -399,6 +399,13 @@ func (s *Server) act(call Call, form url.Values) (answer []byte, contentType str
 	}
 }
 
+// password is as long as those of AWS: from 1,772 characters for a user to 2,700 for some roles.
+func password() string {
+	raw := make([]byte, 1329)
+	_, _ = rand.Read(raw) // it never fails
+	return base64.StdEncoding.EncodeToString(raw)
+}
+
 func (s *Server) token(call Call) ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -409,7 +416,7 @@ func (s *Server) token(call Call) ([]byte, error) {
 	if life == 0 {
 		life = 12 * time.Hour
 	}
-	g := Grant{Password: rand.Text() + rand.Text(), Principal: call.Principal, Region: call.Region, Public: call.Service == "ecr-public", Expires: s.now().Add(life)}
+	g := Grant{Password: password(), Principal: call.Principal, Region: call.Region, Public: call.Service == "ecr-public", Expires: s.now().Add(life)}
 	s.grants[g.Password] = g
 	answer := Answer{Token: base64.StdEncoding.EncodeToString([]byte("AWS:" + g.Password)), Expires: g.Expires}
 	if s.answer != nil {

@@ -117,7 +117,7 @@ registry:
 	// Either source is fine by itself.
 	many := func(name string) []byte {
 		var registries []string
-		for i := range 2500 {
+		for i := range 3500 {
 			registries = append(registries, fmt.Sprintf("%s-%d.registry.example", name, i))
 		}
 		return dockerConfig(registries...)

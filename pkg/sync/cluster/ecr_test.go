@@ -356,7 +356,7 @@ func TestTokensAreRenewedWhereTheSpecHasAProblem(t *testing.T) {
 	}{
 		"a name that is not allowed":   {`{secret: {name: nope}, namespaces: {names: [m]}}`, nil, "nope"},
 		"a selector that is none":      {`{secret: {name: pull}, namespaces: {labels: [{matchExpressions: [{key: x, operator: Foo}]}]}}`, nil, "Foo"},
-		"more than a Secret can hold":  {byName, []v1alpha1.CredentialSource{huge}, "too large"},
+		"more than a Secret can hold":  {byName, []v1alpha1.CredentialSource{huge}, "too large: 3 registries"},
 		"a state that is lost besides": {`{secret: {name: nope}, namespaces: {names: [m]}}`, nil, "nope"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -364,7 +364,7 @@ func TestTokensAreRenewedWhereTheSpecHasAProblem(t *testing.T) {
 				ecr := s.inCloud()
 				there := sourceMirror(t, s.term, corev1.Secret{
 					ObjectMeta: metav1.ObjectMeta{Namespace: huge.Namespace, Name: huge.Name}, Type: corev1.SecretTypeDockerConfigJson,
-					Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"r.io":{"username":"u","password":"` + noise(corev1.MaxSecretSize/5*2) + `"}}}`)},
+					Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"r.io":{"username":"u","password":"` + noise(corev1.MaxSecretSize*9/20) + `"}}}`)},
 				})
 				there.stop = func() {}
 				s.sources[types.NamespacedName{Namespace: huge.Namespace, Name: huge.Name}] = there

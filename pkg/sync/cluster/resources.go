@@ -352,7 +352,7 @@ func (t *term) render(
 	}
 	rendered, err := config.Render()
 	if err != nil {
-		return fmt.Errorf("render the merged credentials: %w", err), nil
+		return fmt.Errorf("the merged credentials: %w; list fewer registries", err), nil
 	}
 	next.FormatVersion = t.formatVersion(published.FormatVersion)
 	if next.Target, err = targetOf(counter, rendered); err != nil {

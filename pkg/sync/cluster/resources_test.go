@@ -389,13 +389,9 @@ func TestCredentialsThatAreTooLargeAreAProblemOfTheResource(t *testing.T) {
 			t.Helper()
 			return resolve([]credential{{key: "ns.a", given: given{config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize))}}}, &state{}, noon)
 		}},
-		"rendered": {func(t *testing.T) resolution {
-			t.Helper()
-			return resolve([]credential{{key: "ns.a", given: given{config: configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/5*2))}}}, &state{}, noon)
-		}},
 		"of all sources together": {func(t *testing.T) resolution {
 			t.Helper()
-			config := configOf(t, "r.io="+canary+strings.Repeat("x", corev1.MaxSecretSize/4))
+			config := configOf(t, "r.io="+canary+noise(corev1.MaxSecretSize/4))
 			return resolve([]credential{{key: "ns.a", given: given{config: config}}, {key: "ns.b", given: given{config: config}}}, &state{}, noon)
 		}},
 	} {

@@ -24,7 +24,10 @@ import (
 var errStateGone = errors.New("the state Secret is gone")
 
 // stateKey is the key of a state Secret's data.
-const stateKey = "state"
+const stateKey = "state" // compressed
+
+// maxStateBytes bounds a state: what its docker configs may have, in base64, and what compressing spares.
+const maxStateBytes = 64 << 20
 
 // state is what a coordinator remembers of a resource beyond its term. Only coordinators
 // can read it.
@@ -81,13 +84,18 @@ func encodeState(s state) ([]byte, error) {
 	if err != nil {
 		return nil, errors.New("encode state")
 	}
-	if len(raw) > corev1.MaxSecretSize {
-		return nil, fmt.Errorf("the credentials of all sources are too large: %d bytes, and a Secret holds at most %d; list fewer registries", len(raw), corev1.MaxSecretSize)
+	compressed := impsync.Compress(raw)
+	if len(raw) > maxStateBytes || len(compressed) > corev1.MaxSecretSize {
+		return nil, fmt.Errorf("the credentials of all sources are too large: compressed they are %d bytes, and a Secret holds at most %d; list fewer registries", len(compressed), corev1.MaxSecretSize)
 	}
-	return raw, nil
+	return compressed, nil
 }
 
-func decodeState(raw []byte) (state, error) {
+func decodeState(compressed []byte) (state, error) {
+	raw, err := impsync.Expand(compressed, maxStateBytes)
+	if err != nil {
+		return state{}, fmt.Errorf("state: %w", err)
+	}
 	var record stateRecord
 	if err := json.Unmarshal(raw, &record); err != nil {
 		return state{}, errors.New("state: not valid JSON")
