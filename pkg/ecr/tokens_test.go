@@ -526,36 +526,60 @@ func TestATokenFromBefore(t *testing.T) {
 	}
 }
 
-// The same with all that is between: AWS hangs, for five hours and for thirteen.
+// The same with all that is between: AWS hangs, for five hours and for thirteen, and the coordinator restarts again and
+// again, or does not.
 func TestAnOutageOfAWSAsTheSDKSeesIt(t *testing.T) {
-	inWorld(t, func(t *testing.T, w *world) {
-		minter, fake := newAWS(t)
-		fake.Clock = w.aws
-		w.answers(minter.Mint)
-		grant := Grant{frankfurt, customerKeys()}
-		opens := func() bool {
-			s := w.tokens.Status(grant)
-			return fake.Opens(grant.Region, false, Username, s.Token.Password.Reveal())
-		}
-		w.tokens.Use("a", want(grant))
-		w.after(4 * time.Hour)
-		fake.Faults(func(fakeaws.Call) *fakeaws.Fault { return &fakeaws.Fault{Hang: true} })
-		for range 5 * 60 {
-			w.after(time.Minute)
-			require.True(t, opens())
-		}
-		require.ErrorContains(t, w.tokens.Status(grant).Err, "no answer in time")
-		for range 8 * 60 {
-			w.after(time.Minute)
-			s := w.tokens.Status(grant)
-			require.Equal(t, !s.Token.IsZero(), opens(), "nothing is served that has expired")
-		}
-		require.False(t, opens())
-		fake.Faults(nil)
-		w.after(maxBackoff + callTimeout)
-		require.True(t, opens())
-		require.NoError(t, w.tokens.Status(grant).Err)
-	})
+	t.Parallel()
+	for name, restarts := range map[string]bool{"one process": false, "a new one each hour": true} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				minter, fake := newAWS(t)
+				fake.Clock = w.aws
+				w.answers(minter.Mint)
+				grant := Grant{frankfurt, customerKeys()}
+				var known Token // as the state Secret has it
+				opens := func() bool {
+					s := w.tokens.Status(grant)
+					if !s.Token.IsZero() {
+						known = s.Token
+					}
+					return fake.Opens(grant.Region, false, Username, s.Token.Password.Reveal())
+				}
+				restart := func() {
+					if restarts {
+						w.restart(func() { w.tokens.Use("a", Wanted{grant, known}) })
+						w.after(0)
+					}
+				}
+				w.tokens.Use("a", want(grant))
+				w.after(4 * time.Hour)
+				require.True(t, opens())
+				fake.Faults(func(fakeaws.Call) *fakeaws.Fault { return &fakeaws.Fault{Hang: true} })
+				for minute := range 5 * 60 {
+					if minute%60 == 30 {
+						restart()
+					}
+					w.after(time.Minute)
+					require.True(t, opens())
+				}
+				w.after(callTimeout)
+				require.ErrorContains(t, w.tokens.Status(grant).Err, "no answer in time")
+				for minute := range 8 * 60 {
+					if minute%60 == 30 {
+						restart()
+					}
+					w.after(time.Minute)
+					s := w.tokens.Status(grant)
+					require.Equal(t, !s.Token.IsZero(), opens(), "nothing is served that has expired")
+				}
+				require.False(t, opens())
+				fake.Faults(nil)
+				w.after(maxBackoff + callTimeout)
+				require.True(t, opens())
+				require.NoError(t, w.tokens.Status(grant).Err)
+			})
+		})
+	}
 }
 
 // AWS is where the clock of the machine is not.
