@@ -27,6 +27,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/smithy-go"
 	"github.com/aws/smithy-go/logging"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
 
 	"github.com/imps-node/imps/pkg/dockerconfig"
 )
@@ -153,21 +154,19 @@ func (a *AWS) failed(ctx context.Context, grant Grant, err error) (Reply, error)
 	return reply, explained
 }
 
-// Principal asks who the process is: the ARN of a user or a role, without the name of the session.
-func (a *AWS) Principal(ctx context.Context, region string) (string, error) {
-	base, err := a.ambientConfig(ctx, region)
+// Caller asks who asks for a grant, before any role is assumed.
+func (a *AWS) Caller(ctx context.Context, grant Grant) (Caller, error) {
+	base, err := a.base(ctx, grant)
 	if err != nil {
-		return "", err
+		return Caller{}, err
 	}
 	output, err := sts.NewFromConfig(base).GetCallerIdentity(ctx, &sts.GetCallerIdentityInput{})
 	if err != nil {
-		explained := explain(ctx, err)
-		if errors.Is(explained, ErrWait) {
-			a.readAnew()
-		}
-		return "", explained
+		reply, explained := a.failed(ctx, grant, err)
+		return Caller{Date: reply.Date}, explained
 	}
-	return withoutSession(aws.ToString(output.Arn)), nil
+	date, _ := middleware.GetServerTime(output.ResultMetadata)
+	return Caller{Principal: withoutSession(aws.ToString(output.Arn)), Date: date}, nil
 }
 
 var assumedRole = regexp.MustCompile(`^(arn:[^:]*:sts::[0-9]*:assumed-role/[^/]*)/.*$`)
@@ -373,7 +372,9 @@ func explain(ctx context.Context, err error) error {
 		return refused(during, err, refusal)
 	}
 	if _, ok := errors.AsType[credentialsError](err); ok {
-		if operation != nil && operation.ServiceID == "ec2imds" {
+		var answer *smithyhttp.ResponseError
+		passes := errors.As(err, &answer) && (answer.HTTPStatusCode() >= 500 || answer.HTTPStatusCode() == http.StatusTooManyRequests)
+		if operation != nil && operation.ServiceID == "ec2imds" && !passes {
 			return ErrNoCredentials // the last that the SDK looks for
 		}
 		during = "the coordinator's own AWS credentials: "

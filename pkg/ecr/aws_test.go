@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/smithy-go"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
@@ -395,14 +397,19 @@ func TestSignaturesFollowTheClockOfAWS(t *testing.T) {
 	}
 }
 
-func TestPrincipal(t *testing.T) {
+func TestCaller(t *testing.T) {
 	t.Parallel()
 	minter, fake := newAWS(t)
-	principal, err := minter.Principal(t.Context(), "eu-central-1")
-	require.NoError(t, err)
-	require.Equal(t, coordinator, principal)
+	for principal, identities := range map[string][]Identity{coordinator: {{}, {RoleARN: pullRole}}, customer: {customerKeys()}} {
+		for _, identity := range identities {
+			caller, err := minter.Caller(t.Context(), Grant{frankfurt, identity})
+			require.NoError(t, err)
+			require.Equal(t, principal, caller.Principal)
+			require.WithinDuration(t, time.Now(), caller.Date, time.Minute)
+		}
+	}
 	fake.RemoveKey("AKIACOORDINATOR")
-	_, err = minter.Principal(t.Context(), "eu-central-1")
+	_, err := minter.Caller(t.Context(), Grant{Scope: frankfurt})
 	require.ErrorContains(t, err, "GetCallerIdentity: AWS does not know the credentials")
 	require.Equal(t, "arn:aws:sts::1:assumed-role/r", withoutSession("arn:aws:sts::1:assumed-role/r/session"))
 	require.Equal(t, "arn:aws:iam::1:user/a/b", withoutSession("arn:aws:iam::1:user/a/b"))
@@ -496,9 +503,20 @@ func TestCredentialsAreReadAnew(t *testing.T) {
 			reply, err := minter.Mint(t.Context(), Grant{Scope: frankfurt})
 			require.NoError(t, err)
 			requireGood(t, fake, Grant{Scope: frankfurt}, reply)
-			principal, err := minter.Principal(t.Context(), "eu-central-1")
+			caller, err := minter.Caller(t.Context(), Grant{Scope: frankfurt})
 			require.NoError(t, err)
-			require.Equal(t, "two", principal)
+			require.Equal(t, "two", caller.Principal)
 		})
+	}
+}
+
+// The instance metadata service is the last where credentials may be. That it fails for a moment does not mean that there are
+// none.
+func TestAnInstanceMetadataServiceThatFails(t *testing.T) {
+	t.Parallel()
+	for status, none := range map[int]bool{http.StatusNotFound: true, http.StatusForbidden: true, http.StatusTooManyRequests: false, http.StatusInternalServerError: false, http.StatusServiceUnavailable: false} {
+		response := &smithyhttp.ResponseError{Response: &smithyhttp.Response{Response: &http.Response{StatusCode: status}}}
+		err := credentialsError{&smithy.OperationError{ServiceID: "ec2imds", OperationName: "GetMetadata", Err: response}}
+		require.Equal(t, none, errors.Is(explain(t.Context(), err), ErrNoCredentials), status)
 	}
 }

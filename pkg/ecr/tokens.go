@@ -63,12 +63,20 @@ type Reply struct {
 	Date time.Time
 }
 
+// Caller is who asks, as AWS sees it.
+type Caller struct {
+	// Principal is the ARN of a user or a role, without the name of the session.
+	Principal string
+	// Date is AWS's time, zero where the reply had none.
+	Date time.Time
+}
+
 // Minter asks AWS. Errors that somebody has to mend are ErrWait.
 type Minter interface {
 	// Mint asks for a token.
 	Mint(ctx context.Context, grant Grant) (Reply, error)
-	// Principal asks who the process itself is.
-	Principal(ctx context.Context, region string) (string, error)
+	// Caller asks who asks for a grant, before any role is assumed.
+	Caller(ctx context.Context, grant Grant) (Caller, error)
 	// Forget drops what is kept for a grant, as credentials of a role.
 	Forget(grant Grant)
 }
@@ -119,23 +127,24 @@ type Tokens struct {
 	run     context.Context // nil where it does not run
 	running sync.WaitGroup
 	grants  map[string]*grantState
-	// base is the time of AWS at boot time baseAt.
+	// base is the time of AWS at boot time baseAt; told says that AWS has told it, and not the clock of the machine.
 	base   time.Time
 	baseAt time.Duration
+	told   bool
 	// skew is what the clock lacked to it at the last reply.
 	skew time.Duration
-	// self is who the process itself is; identify shares the question.
-	self     self
-	identify singleflight.Group
+	// principal is who the process itself is, by the last answer, at boot time knownAt. unknown are the regions that could
+	// not be asked. identify shares the question.
+	principal string
+	knownAt   time.Duration
+	unknown   map[string]unknown
+	identify  singleflight.Group
 }
 
-// self is who the process itself is, by the last answer that said so, and at what boot time and with what error that was
-// last asked.
-type self struct {
-	principal string
-	asked     bool
-	at        time.Duration
-	err       error
+// unknown is why a region could not be asked who the process is, and at what boot time.
+type unknown struct {
+	err error
+	at  time.Duration
 }
 
 // grantState is a grant that somebody uses. The lock of Tokens guards all but the first two.
@@ -164,7 +173,7 @@ type grantState struct {
 // New returns Tokens that know of no grant yet.
 func New(config Config) *Tokens {
 	return &Tokens{
-		config: config, limiter: rate.NewLimiter(maxRate, 1), mints: newMints(), grants: map[string]*grantState{},
+		config: config, limiter: rate.NewLimiter(maxRate, 1), mints: newMints(), grants: map[string]*grantState{}, unknown: map[string]unknown{},
 		base: config.Clock.Now(), baseAt: config.Clock.Boot(),
 	}
 }
@@ -244,8 +253,8 @@ func (t *Tokens) take(g *grantState, token Token) {
 	g.token, g.answered = token, true
 	g.renewal = renewal(token)
 	if g.failures == 0 {
-		if g.next = g.renewal; g.asItself() {
-			g.next = t.now() // is it still the same that asked for it?
+		if g.next = g.renewal; g.asItself() || !t.told {
+			g.next = t.now() // is it still the same that asked for it, and what is the time?
 		}
 	}
 	select {
@@ -339,9 +348,9 @@ func (t *Tokens) keep(ctx context.Context, g *grantState) {
 // call asks AWS once, and notes the answer.
 func (t *Tokens) call(ctx context.Context, g *grantState) {
 	principal := ""
-	if g.asItself() {
+	if g.asItself() || t.needsTime(g) {
 		var err error
-		principal, err = t.whoIsIt(ctx, g.grant.Region)
+		principal, err = t.whoIsIt(ctx, g)
 		due, changed := t.isDue(g, principal, err)
 		if changed {
 			t.config.Changed(g.id)
@@ -391,32 +400,64 @@ func (t *Tokens) call(ctx context.Context, g *grantState) {
 	t.config.Changed(g.id)
 }
 
-// whoIsIt asks who the process itself is, once for all who want to know within a minute. With an error it is who it was.
-func (t *Tokens) whoIsIt(ctx context.Context, region string) (string, error) {
-	answer, err, _ := t.identify.Do("", func() (any, error) {
+// needsTime reports whether a token from before goes by nothing but the clock of the machine.
+func (t *Tokens) needsTime(g *grantState) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return !t.told && !g.token.IsZero()
+}
+
+// whoIsIt asks who the process itself is, once for all who want to know within a minute; those of a region that cannot be
+// asked ask there once. With an error it is who it was. The time comes with the answer, and of a grant that has keys or a role
+// nothing else is wanted.
+func (t *Tokens) whoIsIt(ctx context.Context, g *grantState) (string, error) {
+	if !g.asItself() {
+		_, err := t.ask(ctx, g.grant)
+		return "", err
+	}
+	region := g.grant.Region
+	answer, err, _ := t.identify.Do(region, func() (any, error) {
 		t.mu.Lock()
-		known, boot := t.self, t.config.Clock.Boot()
+		run, boot := t.run, t.config.Clock.Boot()
+		known, knownAt := t.principal, t.knownAt
+		failed, ok := t.unknown[region]
 		t.mu.Unlock()
-		if known.asked && boot-known.at < identityFresh {
-			return known.principal, known.err
+		switch {
+		case run == nil: // it ends
+			return known, context.Canceled
+		case known != "" && boot-knownAt < identityFresh:
+			return known, nil
+		case ok && boot-failed.at < identityFresh:
+			return known, failed.err
 		}
-		asking, cancel := context.WithTimeout(ctx, callTimeout)
-		defer cancel()
-		principal, err := t.config.Minter.Principal(asking, region)
-		if ctx.Err() != nil {
-			return known.principal, err // it was not AWS that failed
-		}
-		if err != nil {
-			t.config.Log.Debug("cannot find out who the coordinator is at AWS", "error", err)
-			principal = known.principal
-		}
+		principal, err := t.ask(run, g.grant) // whoever asked first may go, and others wait for it
 		t.mu.Lock()
 		defer t.mu.Unlock()
-		t.self = self{principal, true, boot, err}
-		return principal, err
+		delete(t.unknown, region)
+		if err != nil {
+			t.unknown[region] = unknown{err, boot}
+			return known, err
+		}
+		t.principal, t.knownAt = principal, boot
+		return principal, nil
 	})
 	principal, _ := answer.(string)
 	return principal, err
+}
+
+// ask asks who asks for a grant, and learns the time.
+func (t *Tokens) ask(ctx context.Context, grant Grant) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	asked := t.config.Clock.Boot()
+	caller, err := t.config.Minter.Caller(ctx, grant)
+	if err != nil {
+		t.config.Log.Debug("cannot find out who asks AWS", "identity", grant.Who(), "error", err)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.learn(caller.Date, asked)
+	return caller.Principal, err
 }
 
 // isDue reports whether a new token is to be asked for, with the process being who it is: not as long as one is good that
@@ -463,8 +504,13 @@ func (t *Tokens) learn(date time.Time, asked time.Duration) {
 	}
 	// The reply was written somewhere since then. Where the machine slept meanwhile, that makes a great difference: better
 	// too late a time than one that serves what has expired.
-	boot := t.config.Clock.Boot()
-	t.base, t.baseAt = date, asked
+	boot, was := t.config.Clock.Boot(), t.now()
+	t.base, t.baseAt, t.told = date, asked, true
+	for _, g := range t.grants {
+		if g.err != nil || g.token.IsZero() {
+			g.next = g.next.Add(t.now().Sub(was)) // what waits for a while, and for no time of AWS
+		}
+	}
 	before := t.skew
 	t.skew = date.Sub(t.config.Clock.Now().Add(-(boot - asked) / 2)).Round(time.Second)
 	if off := t.skew.Abs() > tolerableSkew; off != (before.Abs() > tolerableSkew) {

@@ -37,7 +37,7 @@ type world struct {
 	most    map[string]int // asked at once
 	changed int
 	log     strings.Builder
-	// principal is who the process is, which it cannot find out where that is empty; asked is how often it has tried.
+	// principal is who the process is, which it cannot find out where that is empty; asked is how often anybody has tried.
 	principal string
 	asked     int
 	forgotten []string
@@ -97,16 +97,19 @@ func (w *world) Mint(ctx context.Context, grant Grant) (Reply, error) {
 	return Reply{Password: dockerconfig.NewSensitive(fmt.Sprintf("%s-%d", canary, n)), Expires: w.aws().Add(12 * time.Hour), Date: w.aws()}, nil
 }
 
-func (w *world) Principal(context.Context, string) (string, error) {
+func (w *world) Caller(_ context.Context, grant Grant) (Caller, error) {
+	date := w.aws()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	switch w.asked++; w.principal {
-	case "":
-		return "", errors.New("x")
-	case "nobody":
-		return "", ErrNoCredentials
+	switch w.asked++; {
+	case w.principal == "":
+		return Caller{}, errors.New("x")
+	case w.principal == "nobody":
+		return Caller{}, ErrNoCredentials
+	case !grant.Ambient():
+		return Caller{"owner of the keys", date}, nil
 	}
-	return w.principal, nil
+	return Caller{w.principal, date}, nil
 }
 
 // is sets who the process is.
@@ -172,6 +175,13 @@ func (w *world) count() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return len(w.calls)
+}
+
+// askedWho is how often it was asked who asks.
+func (w *world) askedWho() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.asked
 }
 
 func (w *world) changes() int {
@@ -687,9 +697,10 @@ func TestACoordinatorThatBecomesSomebodyElse(t *testing.T) {
 	})
 }
 
-// All regions at once, and it is asked once who asks; also where there is no answer.
+// All regions at once, and it is asked once who asks; where there is no answer, once in each.
 func TestWhoItIsIsAskedOnceForAll(t *testing.T) {
-	for _, principal := range []string{"me", "", "nobody"} {
+	t.Parallel()
+	for principal, times := range map[string]int{"me": 1, "": 40, "nobody": 40} {
 		t.Run(principal, func(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				w.is(principal)
@@ -699,7 +710,107 @@ func TestWhoItIsIsAskedOnceForAll(t *testing.T) {
 					w.tokens.Use(fmt.Sprint(i), want(grant))
 				}
 				require.Equal(t, 40, w.after(10*time.Second))
-				require.Equal(t, 1, w.asked)
+				require.Equal(t, times, w.askedWho())
+			})
+		})
+	}
+}
+
+// callers asks who asks in a way of its own.
+type callers struct {
+	*world
+	ask func(ctx context.Context, grant Grant) (Caller, error)
+}
+
+func (c callers) Caller(ctx context.Context, grant Grant) (Caller, error) { return c.ask(ctx, grant) }
+
+// ofSomebodyElse is a token that is due for renewal, and that "you" have asked for.
+func (w *world) ofSomebodyElse() Token {
+	issued := w.aws().Add(-7 * time.Hour)
+	return Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour), Principal: "you"}
+}
+
+// A region that cannot be asked does not hide from the others that the identity has changed.
+func TestARegionWithoutSTS(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.restart(func() {
+			w.tokens.config.Minter = callers{w, func(ctx context.Context, grant Grant) (Caller, error) {
+				if grant.Region != frankfurt.Region {
+					return Caller{}, errors.New("no such host")
+				}
+				return w.Caller(ctx, grant)
+			}}
+			w.tokens.Use("bad", want(Grant{Scope: Scope{Partition: "aws", Region: "eu-nowhere-1"}}))
+		})
+		w.after(10 * time.Second)
+		w.tokens.Use("a", Wanted{mine, w.ofSomebodyElse()})
+		w.after(10 * time.Second)
+		s := w.tokens.Status(mine)
+		require.ErrorIs(t, s.Err, ErrIdentityChanged)
+		require.Equal(t, "old", password(s))
+	})
+}
+
+// Who asks first may go, and others wait for the answer.
+func TestAQuestionThatIsGivenUpIsAnsweredAllTheSame(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.restart(func() {
+			w.tokens.config.Minter = callers{w, func(ctx context.Context, grant Grant) (Caller, error) {
+				select {
+				case <-ctx.Done():
+					return Caller{}, ctx.Err()
+				case <-time.After(3 * time.Second):
+					return w.Caller(ctx, grant)
+				}
+			}}
+		})
+		public := Grant{Scope: frankfurt}
+		public.Public = true
+		w.tokens.Use("gone", want(public))
+		w.after(time.Second)
+		w.tokens.Use("a", Wanted{mine, w.ofSomebodyElse()})
+		w.after(time.Second)
+		w.tokens.Use("gone")
+		w.after(10 * time.Second)
+		s := w.tokens.Status(mine)
+		require.ErrorIs(t, s.Err, ErrIdentityChanged)
+		require.Equal(t, "old", password(s))
+	})
+}
+
+// What has failed by a clock that was ahead is not waited for until that time.
+func TestAFailureBeforeTheTimeIsKnownIsTriedAgainSoon(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.is("")
+		w.jump(12 * time.Hour)
+		w.restart()
+		w.away(errors.New("no such host"))
+		w.tokens.Use("a", want(Grant{Scope: beijing}))
+		require.Equal(t, 1, w.after(500*time.Millisecond))
+		w.answers(nil)
+		w.tokens.Use("b", want(mine))
+		require.Equal(t, 1, w.after(500*time.Millisecond))
+		require.Equal(t, 1, w.after(2*maxBackoff))
+	})
+}
+
+// By a clock that is behind, a token from before lives longer than it does. So AWS is asked for the time, and for nothing else.
+func TestARestartWithAClockThatIsBehind(t *testing.T) {
+	t.Parallel()
+	role := mine
+	role.RoleARN = "arn:aws:iam::210987654321:role/pull"
+	for name, grant := range map[string]Grant{"itself": mine, "with a role": role, "with keys": {frankfurt, customerKeys()}} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				issued := w.aws().Add(-4 * time.Hour)
+				w.jump(-12 * time.Hour)
+				w.restart(func() {
+					w.tokens.Use("a", Wanted{grant, Token{Password: dockerconfig.NewSensitive("old"), Issued: issued, Expires: issued.Add(12 * time.Hour)}})
+				})
+				require.Zero(t, w.after(2*time.Hour-time.Minute))
+				require.Equal(t, "old", password(w.tokens.Status(grant)))
+				require.Equal(t, 1, w.askedWho())
+				require.Equal(t, 1, w.after(time.Hour), "at half of its life")
 			})
 		})
 	}
