@@ -506,9 +506,11 @@ func (t *Tokens) learn(date time.Time, asked time.Duration) {
 	// too late a time than one that serves what has expired.
 	boot, was := t.config.Clock.Boot(), t.now()
 	t.base, t.baseAt, t.told = date, asked, true
-	for _, g := range t.grants {
-		if g.err != nil || g.token.IsZero() {
-			g.next = g.next.Add(t.now().Sub(was)) // what waits for a while, and for no time of AWS
+	if shift := t.now().Sub(was); shift.Abs() > tolerableSkew {
+		for _, g := range t.grants {
+			if g.err != nil || g.token.IsZero() {
+				g.next = g.next.Add(shift) // what waits for a while, and for no time of AWS
+			}
 		}
 	}
 	before := t.skew
