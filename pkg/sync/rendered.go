@@ -32,8 +32,8 @@ const (
 	renderedKeyTarget  = "target" // compressed
 )
 
-// maxTargetBytes bounds the body of a target: base64 grows by a third, and labels, annotations and owners have room.
-const maxTargetBytes = 2 * corev1.MaxSecretSize
+// maxTargetBytes bounds the body of a target: base64 grows by a third, and labels and annotations may do so sixfold.
+const maxTargetBytes = 4 * corev1.MaxSecretSize
 
 // ErrFormatVersion is returned for a rendered Secret of a version that this build cannot
 // read. The reader keeps what it had.
@@ -127,6 +127,9 @@ func EncodeRendered(r Rendered) (map[string][]byte, error) {
 		renderedKeyVersion: []byte(strconv.Itoa(r.FormatVersion)),
 		renderedKeyRecord:  record,
 		renderedKeyTarget:  Compress([]byte(r.Target.body.Reveal())),
+	}
+	if n := r.Target.body.Len(); n > maxTargetBytes {
+		return nil, fmt.Errorf("the target Secret is too large: %d bytes with its labels and annotations, where %d are the limit", n, maxTargetBytes)
 	}
 	size := 0
 	for key, value := range data {

@@ -364,6 +364,22 @@ func TestCredentialsThatFitIntoNoSecretAreAnError(t *testing.T) {
 	require.ErrorContains(t, err, fmt.Sprint(corev1.MaxSecretSize))
 	requireSilent(t, err.Error())
 
+	// Whatever is encoded can be decoded.
+	spec := pullSecret()
+	for _, n := range []int{0, 256 << 10, 700 << 10, 1 << 20} {
+		spec.Annotations = map[string]string{"a": strings.Repeat("<", n)}
+		target, err := NewTarget(refA(), spec, 1, dockerconfig.NewSensitive(bytes.Repeat([]byte("x"), corev1.MaxSecretSize)))
+		require.NoError(t, err)
+		data, err := EncodeRendered(Rendered{FormatVersion: 1, Resource: refA(), Target: target})
+		if n > 256<<10 { // which is the most that the API takes
+			require.ErrorContains(t, err, "too large")
+			continue
+		}
+		require.NoError(t, err)
+		_, err = decodeRendered(data, FormatVersions())
+		require.NoError(t, err)
+	}
+
 	// What any docker config has, and what fits into the Secret of a namespace, fits: it is text, and tokens repeat.
 	text := []byte(base64.StdEncoding.EncodeToString(noise))[:corev1.MaxSecretSize-100]
 	size, err := encode(text)

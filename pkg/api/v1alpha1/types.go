@@ -233,7 +233,7 @@ type ImagePullSecretStatus struct {
 	// +optional
 	ManagedNamespaces []string `json:"managedNamespaces,omitempty"`
 	// SourceSecretStatus is Ok or an error for each source, by <namespace>.<name>, or
-	// ecr.<first registry>.
+	// ecr.<first registry>, from the second such source on with #2 and so forth.
 	// +optional
 	SourceSecretStatus map[string]string `json:"sourceSecretStatus,omitempty"`
 	// ObservedGeneration is the generation of the spec that this status is about.

@@ -88,12 +88,19 @@ type Tokens interface {
 	Now() time.Time
 }
 
-// ecrKey is the key of an inline ECR source in status.sourceSecretStatus.
-func ecrKey(spec v1alpha1.ECRSource) string {
-	if len(spec.Registries) == 0 {
-		return "ecr."
+// ecrKeys gives the inline ECR sources of a resource their keys in status.sourceSecretStatus.
+type ecrKeys map[string]int
+
+// of returns "ecr.<first registry>", and from the second one that has it on "ecr.<first registry>#2".
+func (k ecrKeys) of(spec v1alpha1.ECRSource) string {
+	key := "ecr."
+	if len(spec.Registries) > 0 {
+		key += dockerconfig.Entry{Key: dockerconfig.NewSensitive(spec.Registries[0])}.Registry() // it may be anything yet
 	}
-	return "ecr." + spec.Registries[0]
+	if k[key]++; k[key] > 1 {
+		key += fmt.Sprintf("#%d", k[key])
+	}
+	return key
 }
 
 // awsNow is the time by which tokens expire.
@@ -132,6 +139,14 @@ func (t *term) useTokens(user types.UID, credentials []credential, known map[str
 	for _, c := range credentials {
 		if errors.Is(c.err, ErrNoCredentials) {
 			t.giveUp()
+		}
+		if c.err != nil && len(c.registries) == 0 && !c.withdrawn {
+			// Which ones it wants is not known at present.
+			for id, token := range known {
+				if _, ok := tokens[id]; !ok && t.awsNow().Before(token.Expires) {
+					tokens[id] = token
+				}
+			}
 		}
 	}
 	return tokens

@@ -11,7 +11,9 @@ import (
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
@@ -182,7 +184,8 @@ func TestTokensOfASourceThatCannotBeReadAnyMoreStayUntilTheyExpire(t *testing.T)
 	require.Equal(t, "no such key; its last good credentials stay in use until 2026-03-01T13:00:00Z", r.sources["a"])
 	r = resolve(broken, known, end)
 	require.Empty(t, r.config.Entries())
-	require.Empty(t, r.lastGood)
+	require.Empty(t, plain(r.lastGood["a"].config))
+	require.False(t, r.incomplete, "it is known that it has nothing any more")
 	require.Zero(t, r.until)
 	require.Equal(t, "no such key", r.sources["a"])
 }
@@ -292,7 +295,7 @@ func (s *situation) inForce(t *testing.T, r *v1alpha1.ImagePullSecret, expiries 
 	rendered := impsync.Rendered{FormatVersion: 1, Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Expiries: expiries, Target: target}
 	s.rendered.Put(s.renderedKey(r.UID), renderedSecret{rendered: rendered, resourceVersion: "1"})
 	c := newClaim(r, rendered)
-	c.state = &state{counter: 7, resourceVersion: "5"}
+	c.state = &state{counter: 7, uid: "there", resourceVersion: "5"}
 	s.byUID[r.UID] = r
 	s.putClaim(c)
 	return c
@@ -305,29 +308,27 @@ func TestWhatIsHeldHasTheNewestTokensAndNoneThatHasExpired(t *testing.T) {
 	at := func(hours int) time.Time { return noon.Add(time.Duration(hours) * time.Hour) }
 	for name, test := range map[string]struct {
 		renewed []string
-		more    bool
 		hours   int
 		want    map[string]time.Time // zero for what does not expire
 	}{
-		"nothing is renewed":                   {nil, false, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}}},
-		"one has expired":                      {nil, false, 1, map[string]time.Time{"2.us=u": at(2), "r.io=s": {}}},
-		"all that expire have":                 {nil, false, 2, map[string]time.Time{"r.io=s": {}}},
-		"one is renewed":                       {[]string{"1.eu=new"}, false, 0, map[string]time.Time{"1.eu=new": at(12), "2.us=u": at(2), "r.io=s": {}}},
-		"one is renewed, the other has ended":  {[]string{"1.eu=new"}, false, 2, map[string]time.Time{"1.eu=new": at(12), "r.io=s": {}}},
-		"nothing comes to it":                  {[]string{"3.eu=new", "r.io=new"}, false, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}}},
-		"something comes to it where it may":   {[]string{"3.eu=new"}, true, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}, "3.eu=new": at(12)}},
-		"what does not expire is not replaced": {[]string{"r.io=new"}, true, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}}},
+		"nothing is renewed":                   {nil, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}}},
+		"one has expired":                      {nil, 1, map[string]time.Time{"2.us=u": at(2), "r.io=s": {}}},
+		"all that expire have":                 {nil, 2, map[string]time.Time{"r.io=s": {}}},
+		"one is renewed":                       {[]string{"1.eu=new"}, 0, map[string]time.Time{"1.eu=new": at(12), "2.us=u": at(2), "r.io=s": {}}},
+		"one is renewed, the other has ended":  {[]string{"1.eu=new"}, 2, map[string]time.Time{"1.eu=new": at(12), "r.io=s": {}}},
+		"something comes to it":                {[]string{"3.eu=new"}, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}, "3.eu=new": at(12)}},
+		"what does not expire is not replaced": {[]string{"r.io=new"}, 0, map[string]time.Time{"1.eu=t": at(1), "2.us=u": at(2), "r.io=s": {}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
 				s.inCloud().now = at(test.hours)
 				c := s.inForce(t, resource(t, "a", 0, byName), map[string]time.Time{"1.eu": at(1), "2.us": at(2)}, "1.eu=t", "2.us=u", "r.io=s")
-				resolved := resolution{given: given{config: configOf(t, append(test.renewed, "static.io=x")...), expiries: map[string]time.Time{}}}
+				newest := given{configOf(t, append(test.renewed, "static.io=x")...), map[string]time.Time{}}
 				for _, entry := range test.renewed {
 					registry, _, _ := strings.Cut(entry, "=")
-					resolved.expiries[registry] = at(12)
+					newest.expiries[registry] = at(12)
 				}
-				held, err := s.hold(c.rendered, resolved, test.more)
+				held, err := s.hold(c.rendered, newest)
 				require.NoError(t, err)
 				got := map[string]time.Time{}
 				for _, entry := range plain(held.config) {
@@ -354,10 +355,9 @@ func TestTokensAreRenewedWhereTheSpecHasAProblem(t *testing.T) {
 		sources []v1alpha1.CredentialSource
 		problem string
 	}{
-		"a name that is not allowed":   {`{secret: {name: nope}, namespaces: {names: [m]}}`, nil, "nope"},
-		"a selector that is none":      {`{secret: {name: pull}, namespaces: {labels: [{matchExpressions: [{key: x, operator: Foo}]}]}}`, nil, "Foo"},
-		"more than a Secret can hold":  {byName, []v1alpha1.CredentialSource{huge}, "too large: 3 registries"},
-		"a state that is lost besides": {`{secret: {name: nope}, namespaces: {names: [m]}}`, nil, "nope"},
+		"a name that is not allowed":  {`{secret: {name: nope}, namespaces: {names: [m]}}`, nil, "nope"},
+		"a selector that is none":     {`{secret: {name: pull}, namespaces: {labels: [{matchExpressions: [{key: x, operator: Foo}]}]}}`, nil, "Foo"},
+		"more than a Secret can hold": {byName, []v1alpha1.CredentialSource{huge}, "too large: 3 registries"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, s *situation) {
@@ -370,33 +370,183 @@ func TestTokensAreRenewedWhereTheSpecHasAProblem(t *testing.T) {
 				s.sources[types.NamespacedName{Namespace: huge.Namespace, Name: huge.Name}] = there
 				c := s.inForce(t, resource(t, "a", 0, byName), map[string]time.Time{"1.eu": noon.Add(time.Hour)}, "1.eu=old", "r.io=s")
 				c.state.tokens = map[string]Token{"eu": tokenOf("old", 1)}
-				if strings.Contains(name, "lost") {
-					c.state = &state{incomplete: true}
-				}
+				c.state.lastGood = map[string]given{"ecr.1.eu": {configOf(t, "1.eu=old"), map[string]time.Time{"1.eu": noon.Add(time.Hour)}}}
 				r := resource(t, "a", 0, test.target)
 				r.Generation = 2
 				r.Spec.Registry.Credentials = append(test.sources, inline("1.eu", "2.eu"))
 				s.byUID[r.UID] = r
 				ecr.statuses["eu"] = TokenStatus{Token: tokenOf(canary, 12)}
 				s.server().accepts = true
-				r.APIVersion, r.Kind = v1alpha1.GroupVersion.String(), v1alpha1.Kind.Kind
-				s.server().answers = map[string]any{"GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a": r}
 				require.NoError(t, s.reconcileResource(t.Context(), r.UID))
 				require.ErrorContains(t, c.problem, test.problem)
-				asked := slices.DeleteFunc(s.server().asked(), func(request string) bool { return strings.HasPrefix(request, "GET") })
-				require.Len(t, asked, 2, "state and rendered Secret: %v", asked)
+				require.Len(t, s.server().asked(), 2, "state and rendered Secret")
 				require.Equal(t, uint64(8), c.rendered.Target.Revision().Counter)
 				require.Equal(t, "pull", c.rendered.Target.Name())
 				require.Contains(t, c.rendered.Namespaces.Names, "n")
-				raw, err := c.rendered.Target.Config()
-				require.NoError(t, err)
-				config, err := parseConfig([]byte(raw.Reveal()))
-				require.NoError(t, err)
-				require.ElementsMatch(t, []string{"1.eu=" + canary, "r.io=s"}, plain(config), "renewed, and nothing else")
+				require.ElementsMatch(t, []string{"1.eu=" + canary, "r.io=s"}, c.delivers(t), "renewed, and nothing else")
 				require.Equal(t, map[string]time.Time{"1.eu": noon.Add(12 * time.Hour)}, c.rendered.Expiries)
 				require.NoError(t, s.reconcileResource(t.Context(), r.UID))
 				require.Empty(t, s.server().asked(), "once")
 			})
+		})
+	}
+}
+
+// delivers is what the Secrets of a claim hold.
+func (c *claim) delivers(t *testing.T) []string {
+	t.Helper()
+	raw, err := c.rendered.Target.Config()
+	require.NoError(t, err)
+	config, err := parseConfig([]byte(raw.Reveal()))
+	require.NoError(t, err)
+	return plain(config)
+}
+
+// A token that came to its end for want of AWS comes back, whatever is wrong with the spec.
+func TestATokenComesBackWhereTheSpecHasAProblem(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		ecr := s.inCloud()
+		c := s.inForce(t, resource(t, "a", 0, byName), map[string]time.Time{"1.eu": noon.Add(time.Hour)}, "1.eu=old", "r.io=s")
+		c.state.tokens = map[string]Token{"eu": tokenOf("old", 1)}
+		c.state.lastGood = map[string]given{"ecr.1.eu": {configOf(t, "1.eu=old"), map[string]time.Time{"1.eu": noon.Add(time.Hour)}}}
+		r := resource(t, "a", 0, `{secret: {name: nope}, namespaces: {names: [m]}}`)
+		r.Generation = 2
+		r.Spec.Registry.Credentials = []v1alpha1.CredentialSource{inline("1.eu")}
+		s.byUID[r.UID] = r
+		s.server().accepts = true
+		ecr.now = noon.Add(2 * time.Hour)
+		ecr.statuses["eu"] = TokenStatus{Err: errors.New("AWS throttles")}
+		require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+		require.Equal(t, []string{"r.io=s"}, c.delivers(t))
+		ecr.statuses["eu"] = TokenStatus{Token: tokenOf("new", 14)}
+		require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+		require.Equal(t, []string{"1.eu=new", "r.io=s"}, c.delivers(t))
+	})
+}
+
+// byRole is an ECR whose grants are those of roles.
+type byRole struct{ *cloud }
+
+func (byRole) Spec(spec v1alpha1.ECRSource) ([]Registry, error) {
+	return []Registry{{Host: spec.Registries[0], Grant: grantOf(spec.RoleARN)}}, nil
+}
+
+// What a spec that cannot be used wants delivered to others, as another one, is not delivered to those of the spec before.
+func TestTheTokenOfAnotherRoleIsNotDeliveredByASpecThatHasAProblem(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		ecr := s.inCloud()
+		s.config.ECRSources = byRole{ecr}
+		c := s.inForce(t, resource(t, "a", 0, byName), map[string]time.Time{"1.eu": noon.Add(time.Hour)}, "1.eu=old")
+		c.state.tokens = map[string]Token{"pull": tokenOf("old", 1)}
+		c.state.lastGood = map[string]given{"ecr.1.eu": {configOf(t, "1.eu=old"), map[string]time.Time{"1.eu": noon.Add(time.Hour)}}}
+		s.server().accepts = true
+		ecr.statuses = map[string]TokenStatus{"admin": {Token: tokenOf("admin", 12)}, "pull": {Token: tokenOf("new", 12)}}
+		for i, test := range []struct{ role, delivered string }{{"admin", "old"}, {"pull", "new"}} {
+			r := resource(t, "a", 0, `{secret: {name: nope}, namespaces: {names: [m]}}`)
+			r.Generation = int64(2 + i)
+			r.Spec.Registry.Credentials = []v1alpha1.CredentialSource{{ECR: &v1alpha1.ECRSource{Registries: []string{"1.eu"}, RoleARN: test.role}}}
+			s.byUID[r.UID] = r
+			require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+			require.Equal(t, []string{"1.eu=" + test.delivered}, c.delivers(t))
+		}
+	})
+}
+
+// The state Secret is lost, and of one source one region can be asked, and one cannot.
+func TestALostStateKeepsTheRegionThatFails(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		ecr := s.inCloud()
+		r := withSources(t, inline("1.eu", "2.us"))
+		c := s.inForce(t, r, map[string]time.Time{"1.eu": noon.Add(6 * time.Hour), "2.us": noon.Add(6 * time.Hour)}, "1.eu=old", "2.us=old")
+		c.state = &state{incomplete: true}
+		ecr.statuses = map[string]TokenStatus{"eu": {Token: tokenOf("new", 12)}, "us": {Err: errors.New("AWS throttles")}}
+		s.server().accepts = true
+		s.server().answers = map[string]any{"GET /apis/images.banzaicloud.io/v1alpha1/imagepullsecrets/a": r}
+		require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+		require.Equal(t, []string{"1.eu=new", "2.us=old"}, c.delivers(t))
+	})
+}
+
+// A source that cannot be read for a moment does not cost another token.
+func TestASourceThatCannotBeReadForAMomentCostsNoCall(t *testing.T) {
+	t.Parallel()
+	term := newTestTerm(t)
+	term.inCloud().now = noon
+	known := map[string]Token{"eu": tokenOf("t", 12), "old": tokenOf("t", 0)}
+	for err, kept := range map[error]int{nil: 0, apierrors.NewInternalError(errors.New("x")): 1} {
+		require.Len(t, term.useTokens("uid-a", []credential{{key: "a", err: err}}, known), kept, "which is what the state holds from now on")
+	}
+	require.Empty(t, term.useTokens("uid-a", []credential{{key: "a", err: errors.New("not found"), withdrawn: true}}, known))
+}
+
+// The key of an inline source is told everywhere, and its hosts may be anything before they are looked at.
+func TestTheKeyOfAnInlineSource(t *testing.T) {
+	t.Parallel()
+	keys := ecrKeys{}
+	for _, test := range []struct {
+		registries []string
+		want       string
+	}{
+		{[]string{"1.eu", "2.eu"}, "ecr.1.eu"},
+		{[]string{"2.eu", "1.eu"}, "ecr.2.eu"},
+		{[]string{"1.eu"}, "ecr.1.eu#2"},
+		{nil, "ecr."},
+		{[]string{"user:" + canary + "@3.eu"}, "ecr.3.eu"},
+	} {
+		require.Equal(t, test.want, keys.of(v1alpha1.ECRSource{Registries: test.registries}))
+	}
+	require.Less(t, len(keys.of(v1alpha1.ECRSource{Registries: []string{strings.Repeat("x", 10_000)}})), 200)
+}
+
+// A Refresher knows when its credentials expire, also one that has just begun.
+func TestARefresherKeepsNothingThatHasExpired(t *testing.T) {
+	t.Parallel()
+	for name, restarts := range map[string]bool{"one process": false, "another one": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			term := newTestTerm(t)
+			ecr := term.inCloud()
+			key, target := types.NamespacedName{Namespace: "n", Name: "keys"}, types.NamespacedName{Namespace: "n", Name: "pull"}
+			term.server().accepts = true
+			there := &corev1.SecretList{ListMeta: metav1.ListMeta{ResourceVersion: "1"}}
+			var r *Refresher
+			begin := func() {
+				var err error
+				r, err = NewRefresher(RefreshConfig{Sources: []types.NamespacedName{key}, Target: target, ECRSources: ecr, Tokens: ecr, Client: term.config.Client, Metrics: term.config.Metrics, Log: term.log})
+				require.NoError(t, err)
+				t.Cleanup(r.queue.ShutDown)
+				r.sources[0] = &source{mirror: synced(t, impsync.MirrorConfig[sourceSecret]{
+					Name: "source", Example: &corev1.Secret{}, Log: term.log, Convert: func(o runtime.Object) sourceSecret { return sourceOf(o.(*corev1.Secret), ecr) },
+				}, &corev1.SecretList{Items: []corev1.Secret{{ObjectMeta: metav1.ObjectMeta{Namespace: key.Namespace, Name: key.Name}, Type: ecrSecretType, Data: map[string][]byte{"host": []byte("1.eu")}}}})}
+				r.target = synced(t, impsync.MirrorConfig[refreshed]{
+					Name: "target", Example: &corev1.Secret{}, Log: term.log,
+					Convert: func(o runtime.Object) refreshed { return refreshedOf(o.(*corev1.Secret)) }, Version: func(s refreshed) string { return s.resourceVersion },
+				}, there)
+			}
+			holds := func() []string {
+				there, _ := r.target.Get(target)
+				return plain(there.config)
+			}
+			begin()
+			ecr.statuses["eu"] = TokenStatus{Token: tokenOf("t", 12)}
+			require.NoError(t, r.refresh(t.Context()))
+			require.Equal(t, []string{"1.eu=t"}, holds())
+			if restarts {
+				config, err := configOf(t, "1.eu=t").Render()
+				require.NoError(t, err)
+				there.Items = []corev1.Secret{{
+					ObjectMeta: metav1.ObjectMeta{Namespace: target.Namespace, Name: target.Name, ResourceVersion: "1", Annotations: map[string]string{annotationExpiries: `{"1.eu":"2026-03-02T00:00:00Z"}`}},
+					Type:       corev1.SecretTypeDockerConfigJson, Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(config.Reveal())},
+				}}
+				begin()
+			}
+			ecr.statuses["eu"] = TokenStatus{Err: errors.New("AWS throttles")}
+			ecr.now = noon.Add(11 * time.Hour)
+			require.ErrorIs(t, r.refresh(t.Context()), errIncomplete)
+			require.Equal(t, []string{"1.eu=t"}, holds())
+			ecr.now = noon.Add(12 * time.Hour)
+			require.ErrorIs(t, r.refresh(t.Context()), errIncomplete)
+			require.Empty(t, holds())
 		})
 	}
 }
@@ -422,9 +572,15 @@ func TestOtherKeysThatGetNothingLeaveTheTokenThatThereWas(t *testing.T) {
 	require.Equal(t, noon.Add(time.Hour-expiryMargin), got.until, "nobody else watches over it")
 	require.Equal(t, "AWS throttles; its last good credentials stay in use until 2026-03-01T13:00:00Z", got.sources["ecr.1.eu"])
 	require.True(t, got.lastGood["ecr.1.eu"].equal(got.given))
+	require.True(t, got.incomplete, "nothing is known of 2.eu")
 	require.Empty(t, look(noon.Add(time.Hour-expiryMargin)).config.Entries())
+	r = withSources(t, inline("2.eu", "1.eu"))
+	require.Equal(t, []string{"1.eu=old"}, plain(look(noon).config), "whichever source gave it")
 	ecr.statuses["eu"] = TokenStatus{Token: tokenOf("new", 12)}
 	require.Equal(t, []string{"1.eu=new", "2.eu=new"}, plain(look(noon).config))
+
+	gone := []credential{{key: "ecr.1.eu", err: errors.New("not found"), withdrawn: true}, {key: "x", err: errors.New("AWS throttles"), lacking: map[string]struct{}{"1.eu": {}}}}
+	require.Empty(t, resolve(gone, known, noon).config.Entries(), "nothing of a source that is gone")
 }
 
 // A whole look at a resource: the token goes to state and rendered Secret, and from there everywhere.

@@ -93,11 +93,12 @@ type planSource struct {
 func (p *planner) planSources(ctx context.Context) error {
 	var sources []planSource
 	forbidden := false
+	keys := ecrKeys{}
 	for i, entry := range p.resource.Spec.Registry.Credentials {
 		source := planSource{key: entry.Namespace + "." + entry.Name}
 		switch {
 		case entry.ECR != nil:
-			source.key = ecrKey(*entry.ECR)
+			source.key = keys.of(*entry.ECR)
 			registries, err := p.registriesOf(*entry.ECR)
 			if err != nil {
 				p.conflict(ConflictSource, "", "source %s: %v", source.key, err)

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -26,6 +27,10 @@ import (
 // refreshManager is the field manager of a Refresher. It is not that of the duties, so that nobody takes its Secret for
 // theirs.
 const refreshManager = "imps-node-refresh"
+
+// annotationExpiries is on the target of a Refresher: when its credentials expire, by registry, those that do. A process that
+// begins anew knows nothing else of them.
+const annotationExpiries = "images.banzaicloud.io/expiries"
 
 // refreshUser is the name under which a Refresher asks for tokens.
 const refreshUser = "refresh"
@@ -62,8 +67,8 @@ type Refresher struct {
 
 // refreshed is what is kept of the target.
 type refreshed struct {
+	given
 	secretType      corev1.SecretType
-	config          dockerconfig.Config
 	err             error
 	uid             types.UID
 	resourceVersion string
@@ -100,6 +105,9 @@ func NewRefresher(config RefreshConfig) (*Refresher, error) {
 func refreshedOf(s *corev1.Secret) refreshed {
 	r := refreshed{secretType: s.Type, uid: s.UID, resourceVersion: s.ResourceVersion}
 	r.config, _, r.err = dockerconfig.Parse(string(s.Type), s.Data)
+	if err := json.Unmarshal([]byte(s.Annotations[annotationExpiries]), &r.expiries); err != nil {
+		r.expiries = nil // somebody else's, or what an earlier version has written
+	}
 	return r
 }
 
@@ -192,13 +200,15 @@ func (r *Refresher) refresh(work context.Context) error {
 	if exists && there.secretType != corev1.SecretTypeDockerConfigJson {
 		return fmt.Errorf("it is there with the type %s, and has to be of type %s: delete it, or name another one", there.secretType, corev1.SecretTypeDockerConfigJson)
 	}
-	config := resolved.config
+	wanted := resolved.given
 	if resolved.incomplete && exists && there.err == nil {
 		// What the source that fails gave before this process began stands there, among the others.
-		config = dockerconfig.Merge(there.config, config)
+		before := there.unexpired(now)
+		lookAgain(r.queue, refreshUser, before.end(), now)
+		wanted = merge(before, wanted)
 	}
-	if !exists || there.err != nil || !sameConfig(there.config, config) {
-		if err := r.write(work, config, there, exists); err != nil {
+	if !exists || there.err != nil || !there.equal(wanted) {
+		if err := r.write(work, wanted, there, exists); err != nil {
 			return err
 		}
 	}
@@ -209,14 +219,22 @@ func (r *Refresher) refresh(work context.Context) error {
 }
 
 // write applies the target over what was there, so that nothing is lost that has come since.
-func (r *Refresher) write(work context.Context, config dockerconfig.Config, there refreshed, exists bool) error {
-	rendered, err := config.Render()
+func (r *Refresher) write(work context.Context, credentials given, there refreshed, exists bool) error {
+	rendered, err := credentials.config.Render()
 	if err != nil {
-		return fmt.Errorf("render the merged credentials: %w", err)
+		return fmt.Errorf("the merged credentials: %w", err)
+	}
+	annotations := map[string]string{}
+	if len(credentials.expiries) > 0 {
+		expiries, err := json.Marshal(credentials.expiries)
+		if err != nil {
+			return fmt.Errorf("when the credentials expire: %w", err)
+		}
+		annotations[annotationExpiries] = string(expiries)
 	}
 	secret := &corev1.Secret{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
-		ObjectMeta: metav1.ObjectMeta{Name: r.config.Target.Name, ResourceVersion: impsync.Absent},
+		ObjectMeta: metav1.ObjectMeta{Name: r.config.Target.Name, ResourceVersion: impsync.Absent, Annotations: annotations},
 		Type:       corev1.SecretTypeDockerConfigJson,
 		Data:       map[string][]byte{corev1.DockerConfigJsonKey: []byte(rendered.Reveal())},
 	}
@@ -235,7 +253,7 @@ func (r *Refresher) write(work context.Context, config dockerconfig.Config, ther
 		return fmt.Errorf("write it: %w", err)
 	}
 	r.target.Put(r.config.Target, refreshedOf(written))
-	r.log.Info("wrote the Secret", "secret", r.config.Target.String(), "registries", len(config.Entries()))
+	r.log.Info("wrote the Secret", "secret", r.config.Target.String(), "registries", len(credentials.config.Entries()))
 	return nil
 }
 

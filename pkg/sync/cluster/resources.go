@@ -262,7 +262,7 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 	if !current.Target.IsZero() && known.incomplete && resolved.incomplete {
 		// What this source gave before is only in the rendered Secret, merged: keep that.
 		remembered.incomplete = true
-		if credentials, problem = t.hold(current, resolved, true); problem != nil {
+		if credentials, problem = t.hold(current, resolved.given); problem != nil {
 			return problem, nil
 		}
 	}
@@ -277,10 +277,10 @@ func (t *term) renewInForce(ctx context.Context, r *v1alpha1.ImagePullSecret, c 
 	t.mu.Lock()
 	current, selection := c.rendered, c.selection
 	t.mu.Unlock()
-	if len(current.Expiries) == 0 {
+	if current.Target.IsZero() || len(current.Expiries)+len(resolved.renewed.expiries) == 0 {
 		return nil, nil
 	}
-	credentials, err := t.hold(current, resolved, false)
+	credentials, err := t.hold(current, resolved.renewed)
 	if err != nil {
 		return err, nil
 	}
@@ -296,9 +296,9 @@ func (t *term) renewInForce(ctx context.Context, r *v1alpha1.ImagePullSecret, c 
 	return t.render(ctx, c, r.Generation, known, remembered, next, credentials.config, selection, current.Target.WithConfig)
 }
 
-// hold returns what was rendered before, as far as it has not expired, with the tokens that are new since. It is for where
-// what a resource holds cannot be told from its sources alone; more says whether registries come to it that it did not have.
-func (t *term) hold(current impsync.Rendered, resolved resolution, more bool) (given, error) {
+// hold returns what was rendered before, as far as it has not expired, with the newest tokens for its registries and for those
+// that it does not have. It is for where what a resource holds cannot be told from its sources alone.
+func (t *term) hold(current impsync.Rendered, newest given) (given, error) {
 	raw, err := current.Target.Config()
 	if err != nil {
 		return given{}, err
@@ -308,18 +308,18 @@ func (t *term) hold(current impsync.Rendered, resolved resolution, more bool) (g
 		return given{}, fmt.Errorf("what was rendered before: %w", err)
 	}
 	has := config.Registries()
-	renewed := resolved.only(func(registry string) bool {
-		_, isToken := resolved.expiries[registry]
+	newest = newest.only(func(registry string) bool {
+		_, isToken := newest.expiries[registry]
 		_, wasToken := current.Expiries[registry]
-		return isToken && (wasToken || more && !slices.Contains(has, registry))
+		return isToken && (wasToken || !slices.Contains(has, registry))
 	})
 	now := t.awsNow()
 	held := given{config, current.Expiries}.unexpired(now).only(func(registry string) bool {
-		_, ok := renewed.expiries[registry]
+		_, ok := newest.expiries[registry]
 		return !ok
 	})
 	lookAgain(t.resourceQueue, current.Resource.UID, held.end(), now)
-	return merge(held, renewed), nil
+	return merge(held, newest), nil
 }
 
 // lookAgain has something looked at when it is time, and until then every minute: timers stand still while a machine is

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"time"
 
@@ -57,8 +58,9 @@ type credential struct {
 	key string
 	// given is what may be used now, also where an ECR source has an error.
 	given
-	// registries are those of an ECR source.
+	// registries are those of an ECR source; inline says that the spec of the resource has them.
 	registries []Registry
+	inline     bool
 	// lacking are those of them for which there is no token, for a reason that err tells. It is nil where it is not known
 	// what the source asks for.
 	lacking map[string]struct{}
@@ -75,9 +77,10 @@ type credential struct {
 func (t *term) readCredentials(r *v1alpha1.ImagePullSecret) []credential {
 	credentials := make([]credential, 0, len(r.Spec.Registry.Credentials))
 	wanted := map[types.NamespacedName]struct{}{}
+	keys := ecrKeys{}
 	for _, entry := range r.Spec.Registry.Credentials {
 		if entry.ECR != nil {
-			c := credential{key: ecrKey(*entry.ECR)}
+			c := credential{key: keys.of(*entry.ECR), inline: true}
 			c.registries, c.err = t.registriesOf(*entry.ECR)
 			c.withdrawn = errors.Is(c.err, errNotSupported)
 			credentials = append(credentials, c)
@@ -186,6 +189,9 @@ func (t *term) sourceChanged(key types.NamespacedName) {
 // resolution is what the sources of a resource give, merged.
 type resolution struct {
 	given
+	// renewed are the tokens among it that sources gave which have given one for the same registry before, inline ones with
+	// the identity that they have had.
+	renewed given
 	// lastGood is what to fall back on next time, by source.
 	lastGood map[string]given
 	// tokens are those in use, by the grant's ID.
@@ -199,7 +205,7 @@ type resolution struct {
 	pending bool
 	// empty: no source gave anything, now or before.
 	empty bool
-	// incomplete: a source fails of which nothing is known from before.
+	// incomplete: a source fails of which nothing is known from before, or of one of its registries.
 	incomplete bool
 }
 
@@ -207,8 +213,9 @@ type resolution struct {
 // before, as long as that has not expired.
 func resolve(credentials []credential, known *state, now time.Time) resolution {
 	r := resolution{lastGood: map[string]given{}, sources: map[string]string{}}
-	var all []given
+	var all, renewed []given
 	for _, c := range credentials {
+		last, found := known.lastGood[c.key]
 		g, good := c.given, true
 		r.identityChanged = r.identityChanged || errors.Is(c.err, ErrIdentityChanged)
 		switch {
@@ -220,33 +227,60 @@ func resolve(credentials []credential, known *state, now time.Time) resolution {
 		case c.withdrawn:
 			r.sources[c.key], good = impsync.Explain(c.err), false
 		default:
-			last, found := known.lastGood[c.key]
-			before := last.unexpired(now)
-			good = found && (len(before.config.Entries()) > 0 || len(last.config.Entries()) == 0)
+			before := last
 			if c.lacking != nil {
-				before = before.only(func(registry string) bool { _, lacks := c.lacking[registry]; return lacks })
-				good = len(g.config.Entries())+len(before.config.Entries()) > 0
+				before = known.tokensBefore(credentials).only(func(registry string) bool { _, lacks := c.lacking[registry]; return lacks })
 			}
+			r.incomplete = r.incomplete || c.lacking == nil && !found || len(before.expiries) < len(c.lacking)
+			before = before.unexpired(now)
 			r.until = first(r.until, before.end())
 			g = merge(g, before)
+			good = found || len(g.config.Entries()) > 0
 			r.sources[c.key] = impsync.Explain(c.err)
 			switch expires := earliest(g.expiries); {
-			case !good:
-				r.incomplete = true
-			case expires.IsZero():
-				r.sources[c.key] += "; its last good credentials stay in use"
-			default:
+			case !expires.IsZero():
 				r.sources[c.key] += "; its last good credentials stay in use until " + expires.UTC().Format(time.RFC3339)
+			case good && len(last.expiries) == 0:
+				r.sources[c.key] += "; its last good credentials stay in use"
 			}
 		}
 		if good {
 			all = append(all, g)
+			renewed = append(renewed, c.renewed(g, last, known.tokens))
 			r.lastGood[c.key] = g
 		}
 	}
 	r.empty = len(all) == 0 && len(credentials) > 0
-	r.given = merge(all...)
+	r.given, r.renewed = merge(all...), merge(renewed...)
 	return r
+}
+
+// tokensBefore is the last token for each registry, whichever source gave it, but for those that nothing may be used of any
+// more. Whose turn it was in the list does not matter.
+func (s *state) tokensBefore(credentials []credential) given {
+	var all []given
+	for _, key := range slices.Sorted(maps.Keys(s.lastGood)) {
+		if !slices.ContainsFunc(credentials, func(c credential) bool { return c.key == key && c.withdrawn }) {
+			all = append(all, s.lastGood[key])
+		}
+	}
+	merged := merge(all...)
+	return merged.only(func(registry string) bool { _, expires := merged.expiries[registry]; return expires })
+}
+
+// renewed returns of what a source gives what it has given before, in last, as far as it is tokens. An inline source
+// is not the one that it was where the spec has another identity for it.
+func (c *credential) renewed(g, last given, known map[string]Token) given {
+	sameIdentity := map[string]bool{}
+	for _, r := range c.registries {
+		_, ok := known[r.Grant.ID()]
+		sameIdentity[r.Host] = ok || !c.inline
+	}
+	return g.only(func(registry string) bool {
+		_, is := g.expiries[registry]
+		_, was := last.expiries[registry]
+		return is && was && sameIdentity[registry]
+	})
 }
 
 // failedSources returns "<source>: <error>" of each source that failed, sorted.
