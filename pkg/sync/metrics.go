@@ -23,9 +23,13 @@ func NewMetrics(registry prometheus.Registerer) *Metrics {
 
 // SecretWrite counts one write of a target Secret.
 func (m *Metrics) SecretWrite(duty, verb string, err error) {
-	result := "ok"
-	if err != nil {
-		result = ClassifyError(err).String()
+	m.secretWrites.WithLabelValues(duty, verb, ResultOf(err)).Inc()
+}
+
+// ResultOf is the result of a write as metrics have it: ok, or the class of the error.
+func ResultOf(err error) string {
+	if err == nil {
+		return "ok"
 	}
-	m.secretWrites.WithLabelValues(duty, verb, result).Inc()
+	return ClassifyError(err).String()
 }

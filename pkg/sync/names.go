@@ -24,6 +24,10 @@ const (
 	// the credentials in clear, and is removed when such a Secret is adopted.
 	AnnotationLegacyApplied = "banzaicloud.com/last-applied"
 
+	// AnnotationAttached is on every ServiceAccount that imps has had name a pull Secret: the names that it has added,
+	// separated by commas.
+	AnnotationAttached = "images.banzaicloud.io/attached"
+
 	// LabelComponent marks imps's own objects; ComponentReport is a node report.
 	LabelComponent  = "images.banzaicloud.io/component"
 	ComponentReport = "node-report"
@@ -37,9 +41,10 @@ const (
 
 // Resources that both duties use.
 var (
-	SecretResource    = schema.GroupVersionResource{Version: "v1", Resource: "secrets"}
-	NamespaceResource = schema.GroupVersionResource{Version: "v1", Resource: "namespaces"}
-	NodeResource      = schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
+	SecretResource         = schema.GroupVersionResource{Version: "v1", Resource: "secrets"}
+	NamespaceResource      = schema.GroupVersionResource{Version: "v1", Resource: "namespaces"}
+	ServiceAccountResource = schema.GroupVersionResource{Version: "v1", Resource: "serviceaccounts"}
+	NodeResource           = schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
 )
 
 // RenderedName is the name of the rendered Secret of the resource with this UID.

@@ -105,6 +105,32 @@ func matches(byLabel []labels.Selector, byAnnotation []annotationMatcher, objLab
 	return false
 }
 
+// AccountSelection answers which ServiceAccounts of a selected namespace a resource selects. It is immutable.
+type AccountSelection struct {
+	names  map[string]struct{}
+	labels []labels.Selector
+}
+
+// CompileAccounts compiles the selectors of ServiceAccounts, none where the resource has none. Those that cannot be evaluated
+// are left out and returned as skipped; the others count.
+func CompileAccounts(accounts *v1alpha1.ServiceAccountSelector) (selection *AccountSelection, skipped []error) {
+	if accounts == nil {
+		return nil, nil
+	}
+	selection = &AccountSelection{names: make(map[string]struct{}, len(accounts.Names))}
+	for _, name := range accounts.Names {
+		selection.names[name] = struct{}{}
+	}
+	selection.labels, skipped = compileLabels("serviceAccounts.labels", accounts.Labels)
+	return selection, skipped
+}
+
+// Matches reports whether a ServiceAccount is selected.
+func (s *AccountSelection) Matches(name string, accountLabels map[string]string) bool {
+	_, named := s.names[name]
+	return named || matches(s.labels, nil, accountLabels, nil)
+}
+
 // annotationMatcher is a compiled AnnotationSelector: requirements that must all hold.
 //
 // banzaicloud/imps ran annotations through the label selector, and so failed on values

@@ -19,6 +19,7 @@ import (
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 
+	impsync "github.com/imps-node/imps/pkg/sync"
 	"github.com/imps-node/imps/test/cluster/cluster"
 	"github.com/imps-node/imps/test/imps"
 )
@@ -32,12 +33,15 @@ type size struct {
 	labelled bool
 	// unrelated are Secrets of 32 KiB that nobody asks for.
 	unrelated int
+	// accounts are how many ServiceAccounts of each namespace name the Secret.
+	accounts int
 }
 
 var sizes = []size{
 	{name: "small", pods: 200, labels: 200},
 	{name: "large", pods: 500, labels: 500, unrelated: 3000},
 	{name: "huge", labels: 10000, labelled: true},
+	{name: "accounts", labels: 10000, labelled: true, accounts: 3},
 }
 
 func sizeNames() (names []string) {
@@ -65,10 +69,14 @@ const (
 	phasePods     = "pods"
 	phaseLabels   = "labels"
 	phaseDelivery = "delivery"
+	phaseAccounts = "accounts"
 	phaseRotation = "rotation"
 	phaseIdle     = "idle"
 	phaseDeletion = "deletion"
 )
+
+// accountSamples is how many ServiceAccounts are created in the phase accounts.
+const accountSamples = 200
 
 // measure runs every size as often as asked for. What was measured before an error it
 // returns beside it.
@@ -122,6 +130,7 @@ type bench struct {
 	client     kubernetes.Interface
 	metadata   metadata.Interface
 	watcher    *watcher
+	accounts   *watcher
 	dir        string // in the cluster's own, with which it goes
 	binary     string
 	processes  []*imps.Process
@@ -147,10 +156,14 @@ func (b *bench) measure(ctx context.Context) (err error) {
 	if err := b.prepare(ctx); err != nil {
 		return err
 	}
-	if b.watcher, err = newWatcher(ctx, b.metadata); err != nil {
+	if b.watcher, err = newWatcher(ctx, b.metadata.Resource(impsync.SecretResource), isPullSecret); err != nil {
 		return err
 	}
 	defer b.watcher.stop()
+	if b.accounts, err = newWatcher(ctx, b.metadata.Resource(impsync.ServiceAccountResource), isLateAndAttached); err != nil {
+		return err
+	}
+	defer b.accounts.stop()
 	// From here on with what it may do by default: the garbage collector is at work beside
 	// imps. To make namespaces it may do more.
 	if err := b.control.RestartControllerManager(ctx, "--kube-api-qps=20", "--kube-api-burst=30"); err != nil {
@@ -267,8 +280,13 @@ func (b *bench) phases(ctx context.Context) error {
 		return err
 	}
 	if b.size.labelled {
-		if err := b.phase(ctx, phaseDelivery, watch.Added, all, one(all, b.createResource)); err != nil {
+		if err := b.phase(ctx, b.watcher, phaseDelivery, watch.Added, all, one(all, b.createResource)); err != nil {
 			return err
+		}
+		if some := all[:min(len(all), accountSamples)]; b.size.accounts > 0 {
+			if err := b.phase(ctx, b.accounts, phaseAccounts, watch.Modified, some, paced(some, interval, b.createAccount)); err != nil {
+				return err
+			}
 		}
 	} else {
 		if err := b.createResource(ctx); err != nil {
@@ -281,23 +299,23 @@ func (b *bench) phases(ctx context.Context) error {
 		if err := b.settle(ctx); err != nil {
 			return err
 		}
-		if err := b.phase(ctx, phasePods, watch.Added, byPods, paced(byPods, interval, b.createPod)); err != nil {
+		if err := b.phase(ctx, b.watcher, phasePods, watch.Added, byPods, paced(byPods, interval, b.createPod)); err != nil {
 			return err
 		}
-		if err := b.phase(ctx, phaseLabels, watch.Added, byLabel, paced(byLabel, interval, b.label)); err != nil {
+		if err := b.phase(ctx, b.watcher, phaseLabels, watch.Added, byLabel, paced(byLabel, interval, b.label)); err != nil {
 			return err
 		}
 	}
 	if err := b.checkContent(ctx, all); err != nil {
 		return err
 	}
-	if err := b.phase(ctx, phaseRotation, watch.Modified, all, one(all, b.writeSource)); err != nil {
+	if err := b.phase(ctx, b.watcher, phaseRotation, watch.Modified, all, one(all, b.writeSource)); err != nil {
 		return err
 	}
 	if err := b.checkContent(ctx, all); err != nil {
 		return err
 	}
-	if err := b.phase(ctx, phaseIdle, "", nil, func(ctx context.Context) (map[string]call, error) {
+	if err := b.phase(ctx, b.watcher, phaseIdle, "", nil, func(ctx context.Context) (map[string]call, error) {
 		return nil, pause(ctx, b.settings.idle)
 	}); err != nil {
 		return err
@@ -306,14 +324,14 @@ func (b *bench) phases(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := b.phase(ctx, phaseDeletion, watch.Deleted, all, one(all, b.deleteResource)); err != nil {
+	if err := b.phase(ctx, b.watcher, phaseDeletion, watch.Deleted, all, one(all, b.deleteResource)); err != nil {
 		return err
 	}
 	end, err := usages()
 	if err != nil {
 		return err
 	}
-	b.run.Cuts = b.watcher.cut()
+	b.run.Cuts = b.watcher.cut() + b.accounts.cut()
 	b.run.Memory = map[string]memory{}
 	for name, u := range end {
 		b.run.Memory[name] = memory{Idle: idle[name].ResidentMiB, End: u.ResidentMiB, Peak: u.PeakMiB}
@@ -345,10 +363,10 @@ func one(namespaces []string, f func(context.Context) error) trigger {
 
 // phase pulls the triggers and waits until every namespace has seen its event; what else
 // comes of it is counted until it must have settled.
-func (b *bench) phase(ctx context.Context, name string, kind watch.EventType, namespaces []string, pull trigger) error {
+func (b *bench) phase(ctx context.Context, w *watcher, name string, kind watch.EventType, namespaces []string, pull trigger) error {
 	b.say("%s", name)
 	mark := b.control.Audit().Mark()
-	seen := b.watcher.expect(kind, namespaces)
+	seen := w.expect(kind, namespaces)
 	p := phase{Name: name}
 	var err error
 	if p.CPU, err = used(func() error {

@@ -58,3 +58,26 @@ func TestBenchCountsOneWriteForEachSecretAndChange(t *testing.T) {
 		}
 	}
 }
+
+// And one write for each ServiceAccount.
+func TestBenchCountsOneWriteForEachServiceAccount(t *testing.T) {
+	const each = 10 // namespaces
+	var progress bytes.Buffer
+	r, err := measure(t.Context(), settings{sizes: []string{"accounts"}, namespaces: each, repeats: 1, rate: 20, idle: time.Second}, &progress)
+	require.NoError(t, err, progress.String())
+	require.Len(t, r.Runs, 1)
+	run := r.Runs[0]
+	writes := func(phase string) int {
+		return run.phase(phase).Account.OtherWrites[coordinator+": patch serviceaccounts"]
+	}
+	require.Equal(t, 3*each, writes(phaseDelivery))
+	require.Equal(t, each, writes(phaseAccounts))
+	require.Equal(t, each, run.phase(phaseAccounts).Latency.Samples)
+	require.Zero(t, run.phase(phaseAccounts).Extra)
+	require.Zero(t, writes(phaseRotation))
+	require.Zero(t, writes(phaseIdle))
+	require.Equal(t, 4*each, writes(phaseDeletion), "taken out again")
+	var out bytes.Buffer
+	require.NoError(t, r.print(&out, false))
+	require.Contains(t, out.String(), "ServiceAccount created")
+}

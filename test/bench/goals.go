@@ -35,6 +35,18 @@ func rulesOf(size string) []rule {
 	limit := func(small, large func(sizeRun) float64) func(sizeRun) float64 {
 		return map[string]func(sizeRun) float64{"small": small, "large": large}[size]
 	}
+	if size == "accounts" {
+		late := func(r sizeRun) latency { return r.phase(phaseAccounts).Latency }
+		return []rule{
+			{name: "ServiceAccount created → it names the Secret, p50", unit: "ms", seen: func(r sizeRun) float64 { return late(r).P50 }, limit: atMost(10)},
+			{name: "ServiceAccount created → it names the Secret, p99", unit: "ms", seen: func(r sizeRun) float64 { return late(r).P99 }, limit: atMost(40)},
+			{name: "ServiceAccounts written, three in each namespace", seen: func(r sizeRun) float64 {
+				return float64(r.phase(phaseDelivery).Account.OtherWrites[coordinator+": patch serviceaccounts"])
+			}, limit: func(r sizeRun) float64 { return float64(3 * r.Labels) }},
+			{name: "resident memory, the largest process of imps", unit: "MiB", seen: largestResident},
+			{name: "writes in the idle time but the Lease", seen: idleWrites, limit: atMost(0)},
+		}
+	}
 	single := func(name, phase, p50Before, p99Before string) {
 		p50 := func(r sizeRun) float64 { return r.phase(phase).Latency.P50 }
 		p99 := func(r sizeRun) float64 { return r.phase(phase).Latency.P99 }
@@ -65,10 +77,12 @@ func rulesOf(size string) []rule {
 			limit: func(r sizeRun) float64 { return float64(3 * (r.Pods + r.Labels)) }},
 		rule{name: "all other writes, of the Secret writes", unit: "%",
 			seen: func(r sizeRun) float64 { return 100 * float64(otherWrites(r)) / float64(secretWrites(r)) }, limit: atMost(5)},
-		rule{name: "writes in the idle time but the Lease", seen: func(r sizeRun) float64 {
-			a := r.phase(phaseIdle).Account
-			return float64(a.impsWrites())
-		}, limit: atMost(0)})
+		rule{name: "writes in the idle time but the Lease", seen: idleWrites, limit: atMost(0)})
+}
+
+func idleWrites(r sizeRun) float64 {
+	a := r.phase(phaseIdle).Account
+	return float64(a.impsWrites())
 }
 
 // goalsOf judges the runs of one size.

@@ -42,6 +42,14 @@ spec:
       labels: [{matchLabels: {image: private}}]
 `
 
+// attaches is what a resource says besides whose Secret all ServiceAccounts name.
+const attaches = `    serviceAccounts:
+      labels: [{}]
+`
+
+// lateAccount is a ServiceAccount that comes when imps is at work.
+const lateAccount = "late"
+
 // namespaceLabels and podLabels are what it selects.
 var (
 	namespaceLabels = map[string]string{"pull": "private"}
@@ -84,6 +92,13 @@ func (b *bench) prepare(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
+	for i := 1; i < b.size.accounts; i++ { // the first is the default one
+		if _, err := callAll(ctx, b.labelNamespaces(), inFlight, 0, func(ctx context.Context, namespace string) error {
+			return b.createServiceAccount(ctx, namespace, fmt.Sprint("app-", i))
+		}); err != nil {
+			return err
+		}
+	}
 	// The controllers make these two in every namespace; without the first no Pod is allowed.
 	for resource, name := range map[string]string{"serviceaccounts": "default", "configmaps": "kube-root-ca.crt"} {
 		if err := await(ctx, func(ctx context.Context) error {
@@ -112,6 +127,15 @@ func (b *bench) createPod(ctx context.Context, namespace string) error {
 	}
 	_, err := b.client.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{})
 	return err
+}
+
+func (b *bench) createServiceAccount(ctx context.Context, namespace, name string) error {
+	_, err := b.client.CoreV1().ServiceAccounts(namespace).Create(ctx, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
+	return err
+}
+
+func (b *bench) createAccount(ctx context.Context, namespace string) error {
+	return b.createServiceAccount(ctx, namespace, lateAccount)
 }
 
 func (b *bench) label(ctx context.Context, namespace string) error {
@@ -145,7 +169,11 @@ func (b *bench) writeSource(ctx context.Context) error {
 }
 
 func (b *bench) createResource(ctx context.Context) error {
-	return b.control.Apply(ctx, []byte(resource))
+	manifest := resource
+	if b.size.accounts > 0 {
+		manifest += attaches
+	}
+	return b.control.Apply(ctx, []byte(manifest))
 }
 
 // resourcePath is where ImagePullSecrets are.

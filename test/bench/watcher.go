@@ -18,11 +18,12 @@ import (
 // patience bounds every wait for what should take seconds.
 const patience = 5 * time.Minute
 
-// watcher takes the time of every event of a Secret with the name of the pull Secret, over
-// a connection of its own, with the metadata only. It watches Secrets of all names: the API
-// server buffers no more than ten events for those who watch one name.
+// watcher takes the time of every event of the objects that count, over a connection of its
+// own, with the metadata only. It watches objects of all names: the API server buffers no
+// more than ten events for those who watch one name.
 type watcher struct {
-	secrets metadata.Getter
+	objects metadata.Getter
+	counts  func(*metav1.PartialObjectMetadata) bool
 	stop    func()
 	ended   chan struct{} // closed when the watch is over
 
@@ -43,18 +44,25 @@ type sightings struct {
 	done    chan struct{} // closed when none is missing
 }
 
-func newWatcher(ctx context.Context, client metadata.Interface) (*watcher, error) {
-	w := &watcher{secrets: client.Resource(impsync.SecretResource), ended: make(chan struct{})}
+func isPullSecret(secret *metav1.PartialObjectMetadata) bool { return secret.Name == imps.SecretName }
+
+// isLateAndAttached is for a ServiceAccount of the phase accounts that names the Secret.
+func isLateAndAttached(account *metav1.PartialObjectMetadata) bool {
+	return account.Name == lateAccount && account.Annotations[impsync.AnnotationAttached] != ""
+}
+
+func newWatcher(ctx context.Context, objects metadata.Getter, counts func(*metav1.PartialObjectMetadata) bool) (*watcher, error) {
+	w := &watcher{objects: objects, counts: counts, ended: make(chan struct{})}
 	w.expect("", nil)
-	list, err := w.secrets.List(ctx, metav1.ListOptions{})
+	list, err := w.objects.List(ctx, metav1.ListOptions{})
 	if err != nil {
-		return nil, fmt.Errorf("list Secrets: %w", err)
+		return nil, fmt.Errorf("list what is watched: %w", err)
 	}
 	watching, cancel := context.WithCancel(ctx)
-	events, err := w.secrets.Watch(watching, metav1.ListOptions{ResourceVersion: list.ResourceVersion})
+	events, err := w.objects.Watch(watching, metav1.ListOptions{ResourceVersion: list.ResourceVersion})
 	if err != nil {
 		cancel()
-		return nil, fmt.Errorf("watch Secrets: %w", err)
+		return nil, fmt.Errorf("watch: %w", err)
 	}
 	w.stop = func() {
 		cancel()
@@ -70,14 +78,14 @@ func (w *watcher) follow(ctx context.Context, events watch.Interface, version st
 	for {
 		for event := range events.ResultChan() {
 			now := time.Now()
-			secret, ok := event.Object.(*metav1.PartialObjectMetadata)
+			object, ok := event.Object.(*metav1.PartialObjectMetadata)
 			if !ok {
 				break
 			}
-			version = secret.ResourceVersion
-			if secret.Name == imps.SecretName {
+			version = object.ResourceVersion
+			if w.counts(object) {
 				w.mu.Lock()
-				w.current.see(event.Type, secret.Namespace, now)
+				w.current.see(event.Type, object.Namespace, now)
 				w.mu.Unlock()
 			}
 		}
@@ -89,7 +97,7 @@ func (w *watcher) follow(ctx context.Context, events watch.Interface, version st
 		w.cuts++
 		w.mu.Unlock()
 		var err error
-		if events, err = w.secrets.Watch(ctx, metav1.ListOptions{ResourceVersion: version}); err != nil {
+		if events, err = w.objects.Watch(ctx, metav1.ListOptions{ResourceVersion: version}); err != nil {
 			return // whoever waits hears of it
 		}
 	}

@@ -43,8 +43,8 @@ const (
 	// so that the two never write at the same time where they share a namespace.
 	LeaseName = "73de1ad9.banzaicloud.io"
 
-	// writers bound the writes of target Secrets that are in flight.
-	writers = 32
+	// writers bound the writes of target Secrets that are in flight, accountWriters those of ServiceAccounts.
+	writers, accountWriters = 24, 8
 
 	// DefaultDemandLinger is how long a namespace keeps its Secret after the last Pod
 	// that selected it is gone.

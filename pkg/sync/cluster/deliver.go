@@ -132,6 +132,9 @@ func (t *term) mirrorTargets(name string) {
 				return // our own write, which is known
 			}
 			t.enqueueTarget(targetKey{key.Namespace, key.Name})
+			if current == nil {
+				t.change(func() { t.enqueueAccounts(key.Namespace) })
+			}
 		},
 		Version: func(x impsync.Existing) string { return x.ResourceVersion },
 	})
@@ -206,6 +209,7 @@ func (t *term) namespaceChanged(key types.NamespacedName, old, current *namespac
 	for name := range t.byTarget {
 		t.enqueueTarget(targetKey{key.Name, name})
 	}
+	t.enqueueAccounts(key.Name)
 }
 
 // reconcileTarget brings one target Secret to where it should be.
@@ -696,6 +700,9 @@ func (t *term) note(c *claim, namespace string, o *outcome) {
 	default:
 		c.outcomes[namespace] = *o
 	}
+	if ok == (o == nil) {
+		t.enqueueAccounts(namespace) // it is selected, or is not any more
+	}
 	t.statusDirty(c.ref.UID)
 }
 
@@ -748,18 +755,8 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 		return errAgain // and now its content
 	case remove:
 		if d.winner != nil { // which lives, and does not want it as far as is known
-			if err := t.confirmResources(ctx); err != nil {
+			if err := t.confirmUnwanted(ctx, key, d.byMetadata, d.byPods, nil); err != nil {
 				return err
-			}
-			if d.byMetadata {
-				if err := t.confirmUnselected(ctx, key, nil); err != nil {
-					return err
-				}
-			}
-			if d.byPods {
-				if err := t.confirmUndemanded(ctx, key.namespace); err != nil {
-					return err
-				}
 			}
 			switch again := t.decide(key, time.Now()); {
 			case again.verb != remove:
@@ -774,6 +771,7 @@ func (t *term) perform(ctx context.Context, key targetKey, d decision) error {
 			return err
 		}
 		t.forget(key, d.existing)
+		t.change(func() { t.enqueueAccounts(key.namespace) })
 	}
 	return nil
 }
@@ -857,23 +855,26 @@ func (t *term) confirmReleased(ctx context.Context, key targetKey, d decision) e
 	if unsettled {
 		return errBehind
 	}
-	if err := t.confirmResources(ctx); err != nil {
+	if err := t.confirmUnwanted(ctx, key, byMetadata, byPods, holders); err != nil {
 		return err
-	}
-	if byMetadata {
-		if err := t.confirmUnselected(ctx, key, holders); err != nil {
-			return err
-		}
-	}
-	if byPods {
-		if err := t.confirmUndemanded(ctx, key.namespace); err != nil {
-			return err
-		}
 	}
 	if again := t.decide(key, time.Now()); !slices.Equal(again.holders, d.holders) {
 		return errBehind // it was, and is not any more
 	}
 	return nil
+}
+
+// confirmUnwanted asks for all that could tell that a Secret is wanted after all, by these resources or, nil, by any, and
+// returns errBehind where something does.
+func (t *term) confirmUnwanted(ctx context.Context, key targetKey, byMetadata, byPods bool, only []types.UID) error {
+	err := t.confirmResources(ctx)
+	if err == nil && byMetadata {
+		err = t.confirmUnselected(ctx, key, only)
+	}
+	if err == nil && byPods {
+		err = t.confirmUndemanded(ctx, key.namespace)
+	}
+	return err
 }
 
 // confirmUnselected asks for the namespace and returns errBehind where a namespace rule

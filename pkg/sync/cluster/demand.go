@@ -119,6 +119,7 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 	for _, changed := range t.demand.replace(node, current.demand, time.Now(), keep) {
 		if claim := t.claims[changed.uid]; claim != nil {
 			t.targetQueue.AddAfter(targetKey{changed.namespace, claim.rendered.Target.Name()}, demandDelay)
+			t.enqueueAccounts(changed.namespace)
 		}
 	}
 }

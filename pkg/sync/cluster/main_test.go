@@ -200,6 +200,7 @@ func newTestTerm(t *testing.T) *term {
 		term.targetQueue.ShutDown()
 		term.statusQueue.ShutDown()
 		term.reportQueue.ShutDown()
+		term.accountQueue.ShutDown()
 	})
 	return term
 }
@@ -222,6 +223,10 @@ func (t *term) queuedTargets() []string {
 
 func (t *term) queuedResources() []string {
 	return drain(t.resourceQueue, func(uid types.UID) string { return string(uid) })
+}
+
+func (t *term) queuedAccounts() []string {
+	return drain(t.accountQueue, func(namespace string) string { return namespace })
 }
 
 func (t *term) queuedStatuses() []string {

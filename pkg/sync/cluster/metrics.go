@@ -11,6 +11,7 @@ type metrics struct {
 	withoutAgent prometheus.Gauge
 	namespaces   *prometheus.GaugeVec
 	sources      *prometheus.GaugeVec
+	attachments  *prometheus.CounterVec
 }
 
 func newMetrics(registry prometheus.Registerer) (*metrics, error) {
@@ -27,8 +28,11 @@ func newMetrics(registry prometheus.Registerer) (*metrics, error) {
 		sources: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "imps_source_ok", Help: "1 where a source of an ImagePullSecret could be read, else 0. Known to the leader only.",
 		}, []string{"resource", "source"}),
+		attachments: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "imps_serviceaccount_writes_total", Help: "Writes of ServiceAccounts, by result (ok, or the class of the error).",
+		}, []string{"result"}),
 	}
-	for _, c := range []prometheus.Collector{m.leader, m.withoutAgent, m.namespaces, m.sources} {
+	for _, c := range []prometheus.Collector{m.leader, m.withoutAgent, m.namespaces, m.sources, m.attachments} {
 		if err := registry.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
 		}

@@ -75,7 +75,8 @@ func (p *planner) checkSpec() {
 			p.refuse(ConflictAllowed, "%v", err)
 		}
 	}
-	for _, err := range skipped {
+	_, skippedAccounts := impsync.CompileAccounts(target.ServiceAccounts)
+	for _, err := range append(skipped, skippedAccounts...) {
 		p.conflict(ConflictSpec, "", "%v; this selector is left out, the others are served", err)
 	}
 	for _, condition := range notSupported(p.resource) {

@@ -25,6 +25,11 @@ type claim struct {
 	// rendered is what the rendered Secret says; its target is zero before there is one.
 	rendered  impsync.Rendered
 	selection *impsync.Selection
+	// accounts are the ServiceAccounts that name the Secret, nil for none; they are compiled from accountsSpec, without what
+	// is wrong in it.
+	accounts        *impsync.AccountSelection
+	accountsSpec    *v1alpha1.ServiceAccountSelector
+	accountsSkipped []error
 	// expectations are the target as applied with each set of owners.
 	expectations map[string]*impsync.Expectation
 	// outcomes are the namespaces that the claim selects, or that keep its Secret.
@@ -184,6 +189,7 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		published, _ := t.published(uid)
 		c = newClaim(r, published)
 		t.putClaim(c)
+		t.setAccounts(c, r)
 		t.reselect(c) // as it was rendered before
 		t.enqueueTargetsOf(c)
 	}
@@ -237,6 +243,9 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		c.generation, c.sources, c.skipped, c.unread = r.Generation, resolved.sources, skipped, false
 		c.identityChanged = resolved.identityChanged
 		c.problem, c.failure = problem, failure
+		if problem == nil && failure == nil {
+			t.setAccounts(c, r)
+		}
 		if undecided && !c.undecided() || solved {
 			// It delivers nothing, and others may claim what it left; or what it holds may go.
 			t.enqueueTargetsOf(c)
@@ -485,6 +494,7 @@ func (t *term) publish(ctx context.Context, c *claim, generation int64, known *s
 	t.putClaim(c)
 	if reselected {
 		t.reselect(c)
+		t.enqueueAllAccounts()
 		return nil, nil
 	}
 	for namespace := range c.outcomes {
@@ -509,6 +519,7 @@ func (t *term) withdraw(ctx context.Context, c *claim, generation int64) error {
 	c.setRendered(impsync.Rendered{}, nil)
 	clear(c.outcomes)
 	t.putClaim(c)
+	t.enqueueAllAccounts()
 	return nil
 }
 
@@ -537,6 +548,7 @@ func (t *term) retire(ctx context.Context, uid types.UID) error {
 		c = &claim{ref: impsync.ResourceRef{UID: uid}}
 	}
 	t.enqueueTargetsOf(c)
+	t.enqueueAllAccounts()
 	for key := range t.demand.states {
 		if key.uid == uid {
 			t.demand.forget(key)

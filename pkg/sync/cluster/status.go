@@ -38,6 +38,7 @@ const (
 	eventFailed         = "ReconciliationFailed"
 	eventSecrets        = "SecretReconciliationError"
 	eventSecretDeletion = "SecretDeletionError"
+	eventAccounts       = "ServiceAccountError" // imps-node's own
 )
 
 // Reasons of conditions.
@@ -170,6 +171,9 @@ func (t *term) statusOf(r *v1alpha1.ImagePullSecret, c *claim, s summary) v1alph
 		Namespaces:                   &s.counts,
 	}
 	conditions := []metav1.Condition{sourcesReady(c), t.secretsReady(c, s)}
+	if c.accounts != nil && !r.Spec.Target.Rescue {
+		conditions = append(conditions, t.accountsReady(c))
+	}
 	conditions = append(conditions, notSupported(r)...)
 	conditions = append([]metav1.Condition{ready(conditions)}, conditions...)
 	for _, condition := range conditions {
@@ -250,10 +254,7 @@ func notSupported(r *v1alpha1.ImagePullSecret) []metav1.Condition {
 		conditions = append(conditions, metav1.Condition{Type: conditionType, Status: metav1.ConditionFalse, Reason: reasonNotSupported,
 			Message: field + " is set, and " + errNotSupported.Error() + ": it has no effect"})
 	}
-	switch target := r.Spec.Target; {
-	case target.ServiceAccounts != nil:
-		add(v1alpha1.ConditionServiceAccountsReady, "spec.target.serviceAccounts")
-	case target.Rescue:
+	if r.Spec.Target.Rescue {
 		add(v1alpha1.ConditionServiceAccountsReady, "spec.target.rescue")
 	}
 	if r.Spec.Target.Kubelet != nil {
@@ -340,6 +341,12 @@ func eventOf(condition metav1.Condition, s summary) (reason, cause string) {
 		return "", ""
 	case condition.Type == v1alpha1.ConditionSourcesReady:
 		return eventSources, condition.Message
+	case condition.Type == v1alpha1.ConditionServiceAccountsReady:
+		_, why, counted := strings.Cut(condition.Message, "; not ")
+		if !counted {
+			why = condition.Message
+		}
+		return eventAccounts, why
 	case condition.Reason == reasonFailed && len(s.failed) > 0:
 		return eventSecrets, strings.Join(s.failed[:min(len(s.failed), listedMax)], "; ")
 	case condition.Reason == reasonFailed && len(s.undeletable) > 0:

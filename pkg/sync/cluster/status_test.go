@@ -227,11 +227,6 @@ func TestStatusOf(t *testing.T) {
 			status: "Failed", conditions: []string{"Ready=False DeliveryFailed", "SourcesReady=True Ready", "SecretsReady=False DeliveryFailed"},
 			says: "Secrets that are no longer wanted could not be deleted: m/pull: forbidden",
 		},
-		"serviceAccounts are not supported": {
-			target: `{secret: {name: pull}, serviceAccounts: {names: [default]}, rescue: true}`,
-			status: "Failed", conditions: []string{"Ready=False NotSupported", "SourcesReady=True Ready", "SecretsReady=True Ready", "ServiceAccountsReady=False NotSupported"},
-			says: "0 of 0", reason: "spec.target.serviceAccounts is set, and not supported by this version of imps: it has no effect",
-		},
 		"rescue is not supported": {
 			target: `{secret: {name: pull}, rescue: true}`,
 			status: "Failed", conditions: []string{"Ready=False NotSupported", "SourcesReady=True Ready", "SecretsReady=True Ready", "ServiceAccountsReady=False NotSupported"},

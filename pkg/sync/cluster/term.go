@@ -41,11 +41,14 @@ type term struct {
 	nodes      *impsync.Mirror[struct{}]
 	reports    *impsync.Mirror[reportObject]
 	rendered   *impsync.Mirror[renderedSecret]
+	// accounts is nil where no resource has had anything attached to ServiceAccounts.
+	accounts *impsync.Mirror[account]
 
 	resourceQueue workqueue.TypedRateLimitingInterface[types.UID]
 	targetQueue   workqueue.TypedRateLimitingInterface[targetKey]
 	statusQueue   workqueue.TypedRateLimitingInterface[types.UID]
 	reportQueue   workqueue.TypedRateLimitingInterface[string]
+	accountQueue  workqueue.TypedRateLimitingInterface[string] // namespaces
 
 	// background runs a mirror that is started along the way.
 	background func(func(context.Context)) context.CancelFunc
@@ -78,6 +81,13 @@ type term struct {
 	undeletable map[targetKey]undeletable
 	// grants are the IDs of the grants that each resource uses.
 	grants map[types.UID]map[string]struct{}
+	// accountsIn are the ServiceAccounts of each namespace, undone is how often somebody took out what was attached to one,
+	// and refused why one could not be changed.
+	accountsIn map[string]map[string]struct{}
+	undone     map[types.NamespacedName]repairs
+	refused    map[types.NamespacedName]string
+	// writing are those with a write of ours under way, whose event may come before the answer.
+	writing map[types.NamespacedName]bool
 	// withoutAgent is the number of nodes without a report.
 	withoutAgent int
 	// nodeGone is when a node was deleted, and reportDropped says that its report was, too.
@@ -126,6 +136,10 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 		targets:       map[string]*impsync.Mirror[impsync.Existing]{},
 		sources:       map[types.NamespacedName]*source{},
 		undeletable:   map[targetKey]undeletable{},
+		accountsIn:    map[string]map[string]struct{}{},
+		undone:        map[types.NamespacedName]repairs{},
+		refused:       map[types.NamespacedName]string{},
+		writing:       map[types.NamespacedName]bool{},
 		nodeGone:      map[string]time.Time{},
 		reportDropped: map[string]bool{},
 		formats:       map[string][]int{},
@@ -176,6 +190,7 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 	t.targetQueue = newQueue[targetKey]("targets")
 	t.statusQueue = newQueue[types.UID]("status")
 	t.reportQueue = newQueue[string]("reports")
+	t.accountQueue = newQueue[string]("serviceaccounts")
 	return t
 }
 
@@ -260,6 +275,7 @@ func (t *term) run(ctx context.Context) error {
 			t.targetQueue.ShutDown()
 			t.statusQueue.ShutDown()
 			t.reportQueue.ShutDown()
+			t.accountQueue.ShutDown()
 			return nil
 		},
 		func(ctx context.Context) error {
@@ -272,8 +288,9 @@ func (t *term) run(ctx context.Context) error {
 				workersOf(work, t, writers, "target Secret", t.targetQueue, t.reconcileTarget),
 				workersOf(work, t, 2, "status", t.statusQueue, t.reconcileStatus),
 				workersOf(work, t, 1, "node report", t.reportQueue, t.dropReport),
+				workersOf(work, t, accountWriters, "ServiceAccounts of a namespace", t.accountQueue, t.reconcileAccounts),
 			)
-			return impsync.RunTasks(ctx, serve...)
+			return impsync.RunTasks(ctx, append(serve, mirror(t.findAttached))...)
 		})
 	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) {
 		return cause // superseded, or a panic beside the tasks
@@ -329,6 +346,7 @@ func (t *term) begin(ctx context.Context) bool {
 		c := newClaim(r, renderedOf[uid])
 		t.putClaim(c)
 		t.expectOutcomes(c)
+		t.setAccounts(c, r)
 	}
 	for uid := range renderedOf {
 		if _, ok := t.byUID[uid]; !ok {

@@ -1,0 +1,462 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	impsync "github.com/imps-node/imps/pkg/sync"
+)
+
+// account is what is kept of a ServiceAccount.
+type account struct {
+	uid             types.UID
+	resourceVersion string
+	labels          map[string]string
+	// pullSecrets are the names in imagePullSecrets, and attached those of them that imps has put there, as far as the
+	// annotation says.
+	pullSecrets, attached []string
+	deleting              bool
+}
+
+func accountOf(a *corev1.ServiceAccount) account {
+	kept := account{
+		uid: a.UID, resourceVersion: a.ResourceVersion, labels: a.Labels,
+		attached: parseAttached(a.Annotations[impsync.AnnotationAttached]), deleting: a.DeletionTimestamp != nil,
+	}
+	for _, ref := range a.ImagePullSecrets {
+		kept.pullSecrets = append(kept.pullSecrets, ref.Name)
+	}
+	return kept
+}
+
+// parseAttached reads the annotation impsync.AnnotationAttached, which users may have edited: names, separated by commas.
+func parseAttached(value string) (names []string) {
+	for name := range strings.SplitSeq(value, ",") {
+		if name = strings.TrimSpace(name); name != "" && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// attach returns what a ServiceAccount names, and what of that imps remembers to have put there, where it is to name some
+// Secrets: what is missing is added at the end, what imps has added and is not wanted any more is taken out, and all else
+// stays as it is, in its order. A name that was there already is somebody else's, and is not remembered. What is kept is
+// neither added nor taken out.
+func attach(pullSecrets, attached, wanted []string, kept func(name string) bool) (names, remembered []string) {
+	names = slices.Clone(pullSecrets)
+	for _, name := range attached {
+		switch i := lastIndex(names, name); {
+		case slices.Contains(wanted, name) || kept(name):
+			remembered = append(remembered, name)
+		case i >= 0:
+			names = slices.Delete(names, i, i+1)
+		}
+	}
+	for _, name := range slices.Sorted(slices.Values(wanted)) {
+		if slices.Contains(names, name) {
+			continue
+		}
+		names = append(names, name)
+		if !slices.Contains(remembered, name) {
+			remembered = append(remembered, name)
+		}
+	}
+	return names, slices.DeleteFunc(remembered, func(name string) bool { return !slices.Contains(names, name) })
+}
+
+// lastIndex is where imps's own entry is, if a user has one of the same name: it was added at the end.
+func lastIndex(names []string, name string) int {
+	for i, n := range slices.Backward(names) {
+		if n == name {
+			return i
+		}
+	}
+	return -1
+}
+
+// watchAccounts starts the watch of all ServiceAccounts, on first use. The caller holds the lock.
+func (t *term) watchAccounts() {
+	if t.accounts != nil {
+		return
+	}
+	all := t.core.ServiceAccounts("")
+	t.accounts = impsync.NewMirror(impsync.MirrorConfig[account]{
+		Name: "ServiceAccounts", Example: &corev1.ServiceAccount{}, Log: t.log,
+		ListWatch: impsync.TypedListWatch(all.List, all.Watch, metav1.ListOptions{}),
+		Convert:   func(o runtime.Object) account { return accountOf(o.(*corev1.ServiceAccount)) },
+		OnChange:  t.accountChanged,
+		OnError:   func(error) { t.change(t.accountsDirty) },
+		Version:   func(a account) string { return a.resourceVersion },
+	})
+	mirror := t.accounts
+	t.background(mirror.Run)
+	t.background(func(ctx context.Context) {
+		select {
+		case <-mirror.Synced():
+			t.change(t.accountsDirty)
+		case <-ctx.Done():
+		}
+	})
+}
+
+// accountsDirty has the status of all resources written that attach. The caller holds the lock.
+func (t *term) accountsDirty() {
+	for uid, c := range t.claims {
+		if c.accounts != nil {
+			t.statusDirty(uid)
+		}
+	}
+}
+
+// findAttached has ServiceAccounts watched also where no resource attaches anything any more, but one did so under an earlier
+// leader.
+func (t *term) findAttached(ctx context.Context) {
+	for ctx.Err() == nil {
+		t.mu.Lock()
+		watched := t.accounts != nil
+		t.mu.Unlock()
+		if watched {
+			return
+		}
+		asking, cancel := context.WithTimeout(ctx, 6*impsync.CallTimeout)
+		// From the API server's memory: what that does not know of yet is of a leader that is at work.
+		list, err := t.metadata.Resource(impsync.ServiceAccountResource).List(asking, metav1.ListOptions{ResourceVersion: "0"})
+		cancel()
+		if apierrors.IsForbidden(err) {
+			return // nor may it change them
+		}
+		if err != nil {
+			t.log.Debug("cannot look for ServiceAccounts that name a Secret of imps, will try again", "error", impsync.Explain(err))
+			impsync.Pause(ctx, impsync.RecheckInterval)
+			continue
+		}
+		if slices.ContainsFunc(list.Items, func(m metav1.PartialObjectMetadata) bool { return m.Annotations[impsync.AnnotationAttached] != "" }) {
+			t.change(t.watchAccounts)
+		}
+		return
+	}
+}
+
+// accountChanged is told of every event of a ServiceAccount.
+func (t *term) accountChanged(key types.NamespacedName, old, current *account) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case current == nil:
+		delete(t.accountsIn[key.Namespace], key.Name)
+		if len(t.accountsIn[key.Namespace]) == 0 {
+			delete(t.accountsIn, key.Namespace)
+		}
+		delete(t.undone, key)
+	case old == nil || old.uid != current.uid:
+		if t.accountsIn[key.Namespace] == nil {
+			t.accountsIn[key.Namespace] = map[string]struct{}{}
+		}
+		t.accountsIn[key.Namespace][key.Name] = struct{}{}
+		delete(t.undone, key)
+	case old.resourceVersion == current.resourceVersion:
+		return // our own write, which is known
+	case t.writing[key]: // it is our own write, most likely
+	case slices.ContainsFunc(old.attached, func(name string) bool {
+		return slices.Contains(old.pullSecrets, name) && !slices.Contains(current.pullSecrets, name)
+	}):
+		u := t.undone[key]
+		if time.Since(u.last) > 2*repairMaxDelay {
+			u = repairs{}
+		}
+		u.times++
+		u.last = time.Now()
+		t.undone[key] = u
+	}
+	t.enqueueAccounts(key.Namespace)
+}
+
+// enqueueAccounts has the ServiceAccounts of a namespace looked at. The caller holds the lock.
+func (t *term) enqueueAccounts(namespace string) {
+	if len(t.accountsIn[namespace]) > 0 {
+		t.accountQueue.Add(namespace)
+	}
+}
+
+// enqueueAllAccounts has all of them looked at, as what some resource attaches has changed. The caller holds the lock.
+func (t *term) enqueueAllAccounts() {
+	for namespace := range t.accountsIn {
+		t.accountQueue.Add(namespace)
+	}
+}
+
+// setAccounts has a claim attach from now on what its resource says. The caller holds the lock.
+func (t *term) setAccounts(c *claim, r *v1alpha1.ImagePullSecret) {
+	spec := r.Spec.Target.ServiceAccounts
+	if equality.Semantic.DeepEqual(c.accountsSpec, spec) {
+		return
+	}
+	c.accountsSpec = spec.DeepCopy()
+	c.accounts, c.accountsSkipped = impsync.CompileAccounts(spec)
+	if c.accounts != nil {
+		t.watchAccounts()
+	}
+	t.enqueueAllAccounts()
+}
+
+// attaches reports whether the claim attaches in a namespace. The caller holds the lock.
+func (t *term) attaches(c *claim, namespace string, meta namespaceMeta) bool {
+	return c.accounts != nil && c.selection != nil && t.inForce(c.ref.UID) && t.selects(c, namespace, meta)
+}
+
+// selects reports whether a claim selects a namespace, or has its Secret there yet. The caller holds the lock.
+func (t *term) selects(c *claim, namespace string, meta namespaceMeta) bool {
+	if t.config.Excluded.Matches(namespace) {
+		return false
+	}
+	if c.selection.SelectsByRule(namespace, meta.labels, meta.annotations) {
+		return true
+	}
+	state := t.demand.states[demandKey{namespace, c.ref.UID}]
+	_, lingers := c.outcomes[namespace]
+	return state != nil && state.nodes > 0 || lingers
+}
+
+// attachment is what is to be changed of one ServiceAccount.
+type attachment struct {
+	was               account
+	names, remembered []string
+	// unselected are Secrets that it names no more because nothing selects the namespace for them any more.
+	unselected []string
+}
+
+// judgeAccount returns what is to be changed of a ServiceAccount, nil for nothing.
+func (t *term) judgeAccount(key types.NamespacedName, now time.Time) *attachment {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	meta, there := t.namespaces.Get(types.NamespacedName{Name: key.Namespace})
+	if !there || meta.terminating {
+		return nil
+	}
+	a, there := t.accounts.Get(key)
+	if !there || a.deleting {
+		return nil
+	}
+	var wanted []string
+	for _, c := range t.claims {
+		if secret := c.rendered.Target.Name(); secret != "" && t.attaches(c, key.Namespace, meta) && c.accounts.Matches(key.Name, a.labels) && !slices.Contains(wanted, secret) {
+			wanted = append(wanted, secret)
+		}
+	}
+	change := &attachment{was: a}
+	change.names, change.remembered = attach(a.pullSecrets, a.attached, wanted, func(secret string) bool {
+		keeps, selected := t.keepsAttached(targetKey{key.Namespace, secret}, meta)
+		if !keeps && !selected {
+			change.unselected = append(change.unselected, secret)
+		}
+		return keeps
+	})
+	if slices.Equal(change.names, a.pullSecrets) && slices.Equal(change.remembered, a.attached) {
+		return nil
+	}
+	if wait := t.undone[key].wait(now); wait > 0 && len(change.names) > len(a.pullSecrets) {
+		t.accountQueue.AddAfter(key.Namespace, wait)
+		return nil
+	}
+	return change
+}
+
+// keepsAttached reports whether an entry stays that imps has added and no resource wants: what some resource wants is not
+// known yet, or the Secret is there though nothing selects the namespace, as it was orphaned, or is about to be pruned. The
+// caller holds the lock.
+func (t *term) keepsAttached(key targetKey, meta namespaceMeta) (keeps, selected bool) {
+	if t.targetNameAllowed(key.name) != nil {
+		return true, false // not ours: somebody has edited the annotation
+	}
+	if t.awaited(key, meta, "") {
+		t.accountQueue.AddAfter(key.namespace, impsync.RecheckSoonest)
+		return true, false
+	}
+	for uid, c := range t.byTarget[key.name] {
+		if !t.inForce(uid) {
+			continue
+		}
+		if !c.wordCounts() {
+			return true, false
+		}
+		selected = selected || t.selects(c, key.namespace, meta)
+	}
+	if mirror := t.targets[key.name]; !selected && mirror != nil {
+		existing, exists := mirror.Get(types.NamespacedName{Namespace: key.namespace, Name: key.name})
+		keeps = exists && existing.Ownership != impsync.Foreign && existing.Ownership != impsync.Restored
+	}
+	return keeps, selected
+}
+
+// reconcileAccounts has the ServiceAccounts of a namespace name what they should.
+func (t *term) reconcileAccounts(ctx context.Context, namespace string) error {
+	t.mu.Lock()
+	names := slices.Collect(maps.Keys(t.accountsIn[namespace]))
+	t.mu.Unlock()
+	failed := map[types.NamespacedName]error{}
+	for _, name := range names {
+		key := types.NamespacedName{Namespace: namespace, Name: name}
+		if err := t.reconcileAccount(ctx, key); err != nil {
+			failed[key] = err
+		}
+	}
+	t.noteAccounts(namespace, failed)
+	return errors.Join(slices.Collect(maps.Values(failed))...)
+}
+
+// reconcileAccount has a ServiceAccount name what it should.
+func (t *term) reconcileAccount(ctx context.Context, key types.NamespacedName) error {
+	for range 5 {
+		change := t.judgeAccount(key, time.Now())
+		if change == nil {
+			return nil
+		}
+		if err := t.changeAccount(ctx, key, change); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("ServiceAccount %s: %w", key, errAgain) // somebody writes as often as we do
+}
+
+// changeAccount writes a change over the ServiceAccount that it was judged by. Where that is another by now, the new one is
+// put in its place, to be judged anew, and there is no error.
+func (t *term) changeAccount(ctx context.Context, key types.NamespacedName, change *attachment) error {
+	for _, secret := range change.unselected {
+		target := targetKey{key.Namespace, secret}
+		t.mu.Lock()
+		byMetadata, byPods := t.rules(target)
+		t.mu.Unlock()
+		if err := t.confirmUnwanted(ctx, target, byMetadata, byPods, nil); err != nil {
+			return err
+		}
+	}
+	patch, err := change.patch()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, impsync.CallTimeout)
+	defer cancel()
+	t.change(func() { t.writing[key] = true })
+	defer t.change(func() { delete(t.writing, key) })
+	accounts := t.core.ServiceAccounts(key.Namespace)
+	written, err := accounts.Patch(ctx, key.Name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: impsync.FieldManager})
+	t.metrics.attachments.WithLabelValues(impsync.ResultOf(err)).Inc()
+	if apierrors.IsConflict(err) {
+		written, err = accounts.Get(ctx, key.Name, metav1.GetOptions{})
+	}
+	switch {
+	case apierrors.IsNotFound(err):
+		t.accounts.Drop(key, func(a account) bool { return a.uid == change.was.uid })
+		return nil
+	case err != nil:
+		return fmt.Errorf("ServiceAccount %s: %w", key, err)
+	}
+	t.accounts.Put(key, accountOf(written))
+	return nil
+}
+
+// patch is a JSON merge patch. imagePullSecrets is an atomic list, which it replaces: so it is a conflict where anything has
+// changed.
+func (c *attachment) patch() ([]byte, error) {
+	refs := []corev1.LocalObjectReference{}
+	for _, name := range c.names {
+		refs = append(refs, corev1.LocalObjectReference{Name: name})
+	}
+	var attached any // null takes the annotation off
+	if len(c.remembered) > 0 {
+		attached = strings.Join(c.remembered, ",")
+	}
+	return json.Marshal(map[string]any{
+		"metadata": map[string]any{
+			"uid": c.was.uid, "resourceVersion": c.was.resourceVersion,
+			"annotations": map[string]any{impsync.AnnotationAttached: attached},
+		},
+		"imagePullSecrets": refs,
+	})
+}
+
+// noteAccounts notes why ServiceAccounts of a namespace could not be changed, and has the status of those told who want it.
+func (t *term) noteAccounts(namespace string, failed map[types.NamespacedName]error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for name := range t.accountsIn[namespace] {
+		key := types.NamespacedName{Namespace: namespace, Name: name}
+		delete(t.refused, key)
+		if err := failed[key]; err != nil && !errors.Is(err, errBehind) && !errors.Is(err, errLeaseStale) {
+			t.refused[key] = impsync.Explain(err)
+		}
+	}
+	for uid, c := range t.claims {
+		if _, ok := c.outcomes[namespace]; ok && c.accounts != nil {
+			t.statusDirty(uid)
+		}
+	}
+}
+
+// accountsReady is the condition about the ServiceAccounts of a claim. The caller holds the lock.
+func (t *term) accountsReady(c *claim) metav1.Condition {
+	condition := metav1.Condition{Type: v1alpha1.ConditionServiceAccountsReady, Status: metav1.ConditionFalse, Reason: reasonFailed}
+	select {
+	case <-t.accounts.Synced():
+	default:
+		condition.Status, condition.Reason, condition.Message = metav1.ConditionUnknown, reasonProgressing, "the ServiceAccounts have not been read yet"
+		if err := t.accounts.Err(); err != nil {
+			condition.Status, condition.Reason, condition.Message = metav1.ConditionFalse, reasonFailed, "the ServiceAccounts cannot be read: "+impsync.Explain(err)
+			if apierrors.IsForbidden(err) {
+				condition.Message += "; the chart's value attachServiceAccounts gives the right"
+			}
+		}
+		return condition
+	}
+	wanted, named := 0, 0
+	var failed []string
+	for namespace, o := range c.outcomes {
+		if o.kind == excluded {
+			continue
+		}
+		for name := range t.accountsIn[namespace] {
+			key := types.NamespacedName{Namespace: namespace, Name: name}
+			a, ok := t.accounts.Get(key)
+			if !ok || a.deleting || !c.accounts.Matches(name, a.labels) {
+				continue
+			}
+			wanted++
+			switch {
+			case slices.Contains(a.pullSecrets, c.rendered.Target.Name()):
+				named++
+			case t.refused[key] != "":
+				failed = append(failed, key.String()+": "+t.refused[key])
+			case t.undone[key].times >= promptRepairs:
+				failed = append(failed, key.String()+": somebody takes the entry out whenever it is put in; it is put in ever more seldom, every 5 minutes in the end (docs/serviceaccounts.md says how to have GitOps tools leave it)")
+			}
+		}
+	}
+	slices.Sort(failed)
+	progress := fmt.Sprintf("%d of %d ServiceAccounts name the Secret", named, wanted)
+	switch {
+	case len(c.accountsSkipped) > 0:
+		condition.Reason, condition.Message = reasonInvalid, errors.Join(c.accountsSkipped...).Error()+"; this selector is left out, the others are served"
+	case len(failed) > 0:
+		condition.Message = progress + "; not " + listed(failed)
+	case named < wanted:
+		condition.Status, condition.Reason, condition.Message = metav1.ConditionUnknown, reasonProgressing, progress
+	default:
+		condition.Status, condition.Reason, condition.Message = metav1.ConditionTrue, reasonReady, progress
+	}
+	return condition
+}
