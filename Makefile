@@ -49,11 +49,11 @@ test: test-unit test-integration ## Run all tests: unit, then on a real API serv
 test-unit: need-go need-race ## Run the unit tests, with the race detector
 	CGO_ENABLED=1 go test -race $(TESTFLAGS) ./pkg/... ./cmd/...
 
-# One test binary after the other: each has a control plane of its own.
+# Two test binaries at a time: each has a control plane of its own, and waits much.
 .PHONY: test-integration
 test-integration: need-go need-race ## Run the tests on a real API server, with the race detector
 	go run ./test/cluster build
-	CGO_ENABLED=1 go test -race -count=1 -p=1 -timeout=30m $(TESTFLAGS) ./test/...
+	CGO_ENABLED=1 go test -race -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./test/...
 
 .PHONY: soak
 soak: need-go need-race ## Run imps under random changes and faults for SOAK (30m), from SEED

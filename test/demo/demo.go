@@ -70,9 +70,9 @@ func (d *demo) steps() []step {
 		{"Namespaces are deselected", d.prune},
 	}
 	if d.keep {
-		return append(steps, step{"What it took", d.account}, step{ecrTitle, d.ecr}, step{"Yours to try", d.wait})
+		return append(steps, step{"What it took", d.account}, step{accountsTitle, d.attach}, step{ecrTitle, d.ecr}, step{"Yours to try", d.wait})
 	}
-	return append(steps, step{"The resource is deleted", d.remove}, step{"What it took", d.account}, step{ecrTitle, d.ecr})
+	return append(steps, step{"The resource is deleted", d.remove}, step{"What it took", d.account}, step{accountsTitle, d.attach}, step{ecrTitle, d.ecr})
 }
 
 const ecrTitle = "Amazon ECR: a token opens a registry, and the next one comes before it expires"

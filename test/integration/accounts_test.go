@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -170,7 +171,7 @@ func TestServiceAccountsAreAsTheirUsersLeftThem(t *testing.T) {
 	coordinator.stop()
 	s.deleteResource(s.prefix, metav1.DeletePropagationBackground)
 	s.lacks(namespace)
-	s.coordinator()
+	coordinator = s.coordinator()
 	detached()
 
 	// Its Secrets stay where it is orphaned, and so does what names them.
@@ -179,8 +180,60 @@ func TestServiceAccountsAreAsTheirUsersLeftThem(t *testing.T) {
 	s.deleteResource(s.prefix, metav1.DeletePropagationOrphan)
 	s.calm()
 	attached()
-	s.has(namespace, "registry.one")
+	coordinator.stop()
+	s.coordinator()
 	s.calm()
+	attached()
+	s.has(namespace, "registry.one")
+}
+
+// A namespace and a Deployment in one go, again and again: the Pods name the Secret.
+func TestDeploymentsThatComeWithTheirNamespaces(t *testing.T) {
+	const n = 500
+	s := newSystem(t)
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	s.resource(s.prefix, attachTo(s.prefix, `{names: [default]}`))
+	s.ready(s.prefix, 0)
+	var namespaces []string
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for range n {
+		namespace := s.control.Namespace(t, map[string]string{s.prefix: "x"})
+		_, err := s.core.AppsV1().Deployments(namespace).Create(t.Context(), deployment(), metav1.CreateOptions{})
+		require.NoError(t, err)
+		namespaces = append(namespaces, namespace)
+		<-tick.C
+	}
+	named := 0
+	for _, namespace := range namespaces {
+		var pods *corev1.PodList
+		s.eventually(func() (err error) {
+			if pods, err = s.core.CoreV1().Pods(namespace).List(t.Context(), metav1.ListOptions{}); err == nil && len(pods.Items) == 0 {
+				err = fmt.Errorf("namespace %s has no Pod", namespace)
+			}
+			return err
+		}, "a Deployment has no Pod")
+		if slices.Contains(pods.Items[0].Spec.ImagePullSecrets, corev1.LocalObjectReference{Name: secretName}) {
+			named++
+		}
+	}
+	t.Logf("of %d Pods %d name the Secret", n, named)
+	require.GreaterOrEqual(t, named, n*90/100, "the goal is 99 %%")
+}
+
+func deployment() *appsv1.Deployment {
+	labels := map[string]string{"app": "app"}
+	return &appsv1.Deployment{
+		ObjectMeta: metav1.ObjectMeta{Name: "app"},
+		Spec: appsv1.DeploymentSpec{
+			Selector: &metav1.LabelSelector{MatchLabels: labels},
+			Template: corev1.PodTemplateSpec{
+				ObjectMeta: metav1.ObjectMeta{Labels: labels},
+				Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "app", Image: "registry.one/app"}}},
+			},
+		},
+	}
 }
 
 // restored creates a ServiceAccount as it was when imps had attached a Secret to it.

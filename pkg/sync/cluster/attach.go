@@ -297,6 +297,11 @@ func (t *term) keepsAttached(key targetKey, meta namespaceMeta) (keeps, selected
 		selected = selected || t.selects(c, key.namespace, meta)
 	}
 	if mirror := t.targets[key.name]; !selected && mirror != nil {
+		select {
+		case <-mirror.Synced():
+		default:
+			return true, false // looked at again once it is
+		}
 		existing, exists := mirror.Get(types.NamespacedName{Namespace: key.namespace, Name: key.name})
 		keeps = exists && existing.Ownership != impsync.Foreign && existing.Ownership != impsync.Restored
 	}
@@ -309,9 +314,10 @@ func (t *term) reconcileAccounts(ctx context.Context, namespace string) error {
 	names := slices.Collect(maps.Keys(t.accountsIn[namespace]))
 	t.mu.Unlock()
 	failed := map[types.NamespacedName]error{}
+	unwanted := map[string]bool{}
 	for _, name := range names {
 		key := types.NamespacedName{Namespace: namespace, Name: name}
-		if err := t.reconcileAccount(ctx, key); err != nil {
+		if err := t.reconcileAccount(ctx, key, unwanted); err != nil {
 			failed[key] = err
 		}
 	}
@@ -319,12 +325,22 @@ func (t *term) reconcileAccounts(ctx context.Context, namespace string) error {
 	return errors.Join(slices.Collect(maps.Values(failed))...)
 }
 
-// reconcileAccount has a ServiceAccount name what it should.
-func (t *term) reconcileAccount(ctx context.Context, key types.NamespacedName) error {
+// reconcileAccount has a ServiceAccount name what it should. It notes the Secrets that are known to be unwanted in the
+// namespace, so that this is asked for once.
+func (t *term) reconcileAccount(ctx context.Context, key types.NamespacedName, unwanted map[string]bool) error {
 	for range 5 {
 		change := t.judgeAccount(key, time.Now())
 		if change == nil {
 			return nil
+		}
+		for _, secret := range change.unselected {
+			if unwanted[secret] {
+				continue
+			}
+			if err := t.confirmDetached(ctx, targetKey{key.Namespace, secret}); err != nil {
+				return err
+			}
+			unwanted[secret] = true
 		}
 		if err := t.changeAccount(ctx, key, change); err != nil {
 			return err
@@ -333,18 +349,21 @@ func (t *term) reconcileAccount(ctx context.Context, key types.NamespacedName) e
 	return fmt.Errorf("ServiceAccount %s: %w", key, errAgain) // somebody writes as often as we do
 }
 
+// confirmDetached returns errBehind where a resource that lives may want an entry after all, of whom no watch has told yet.
+func (t *term) confirmDetached(ctx context.Context, key targetKey) error {
+	t.mu.Lock()
+	byMetadata, byPods := t.rules(key)
+	none := len(t.byTarget[key.name]) == 0
+	t.mu.Unlock()
+	if none {
+		return nil // as of a Secret whose resource is gone
+	}
+	return t.confirmUnwanted(ctx, key, byMetadata, byPods, nil)
+}
+
 // changeAccount writes a change over the ServiceAccount that it was judged by. Where that is another by now, the new one is
 // put in its place, to be judged anew, and there is no error.
 func (t *term) changeAccount(ctx context.Context, key types.NamespacedName, change *attachment) error {
-	for _, secret := range change.unselected {
-		target := targetKey{key.Namespace, secret}
-		t.mu.Lock()
-		byMetadata, byPods := t.rules(target)
-		t.mu.Unlock()
-		if err := t.confirmUnwanted(ctx, target, byMetadata, byPods, nil); err != nil {
-			return err
-		}
-	}
 	patch, err := change.patch()
 	if err != nil {
 		return err

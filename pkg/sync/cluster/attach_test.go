@@ -164,6 +164,12 @@ func TestWhatIsAttachedStaysUntilItIsKnownThatNobodyWantsIt(t *testing.T) {
 		"nothing does, and the Secret is there yet": {
 			func(t *testing.T, s *situation) { s.there(s.claimOf(t, resource(t, "a", 0, byNone), 7)) }, "b pull;pull", "",
 		},
+		"nothing does, and it is not known yet whether the Secret is there": {
+			func(t *testing.T, s *situation) {
+				s.claimOf(t, resource(t, "a", 0, byNone), 7)
+				s.targets["pull"] = impsync.NewMirror(impsync.MirrorConfig[impsync.Existing]{})
+			}, "b pull;pull", "",
+		},
 		"nothing does, and a user's Secret is there": {
 			func(t *testing.T, s *situation) { s.there(s.claimOf(t, resource(t, "a", 0, byNone), 7), users) }, "b pull;pull", "b; ",
 		},

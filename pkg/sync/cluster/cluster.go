@@ -43,8 +43,10 @@ const (
 	// so that the two never write at the same time where they share a namespace.
 	LeaseName = "73de1ad9.banzaicloud.io"
 
-	// writers bound the writes of target Secrets that are in flight, accountWriters those of ServiceAccounts.
-	writers, accountWriters = 24, 8
+	// writesInFlight bounds all writes that are under way; writers and accountWriters, how many target Secrets and namespaces
+	// with ServiceAccounts are looked at.
+	writesInFlight          = 32
+	writers, accountWriters = writesInFlight, 8
 
 	// DefaultDemandLinger is how long a namespace keeps its Secret after the last Pod
 	// that selected it is gone.

@@ -150,6 +150,7 @@ func (t *term) mirrorTargets(name string) {
 				t.statusDirty(c.ref.UID)
 			}
 			t.enqueueNamespaces(name)
+			t.enqueueAllAccounts()
 		case <-ctx.Done():
 		}
 	})

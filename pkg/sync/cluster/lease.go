@@ -35,24 +35,36 @@ func (g *leaseGuard) fresh() bool {
 	return max(now.Sub(*at), now.Round(0).Sub(at.Round(0))) < renewDeadline
 }
 
-// wrap returns a connection that refuses to write while the Lease is not fresh.
+// wrap returns a connection that refuses to write while the Lease is not fresh, and has no more than writesInFlight writes
+// under way.
 func (g *leaseGuard) wrap(next http.RoundTripper) http.RoundTripper {
-	return guardedTransport{guard: g, next: next}
+	return guardedTransport{guard: g, next: next, slots: make(chan struct{}, writesInFlight)}
 }
 
 type guardedTransport struct {
 	guard *leaseGuard
 	next  http.RoundTripper
+	slots chan struct{}
 }
 
 func (t guardedTransport) RoundTrip(request *http.Request) (*http.Response, error) {
-	if request.Method != http.MethodGet && !t.guard.fresh() {
-		if request.Body != nil {
-			_ = request.Body.Close() // as http.RoundTripper asks for
-		}
-		return nil, errLeaseStale
+	if request.Method == http.MethodGet {
+		return t.next.RoundTrip(request)
 	}
-	return t.next.RoundTrip(request)
+	err := errLeaseStale
+	select {
+	case <-request.Context().Done():
+		err = request.Context().Err()
+	case t.slots <- struct{}{}:
+		defer func() { <-t.slots }()
+		if t.guard.fresh() {
+			return t.next.RoundTrip(request)
+		}
+	}
+	if request.Body != nil {
+		_ = request.Body.Close() // as http.RoundTripper asks for
+	}
+	return nil, err
 }
 
 // WrappedRoundTripper is for client-go, which looks through wrappers for what it can cancel.

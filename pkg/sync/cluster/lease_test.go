@@ -5,6 +5,8 @@ import (
 	"errors"
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -131,4 +133,38 @@ type closing struct {
 func (c *closing) Close() error {
 	c.closed = true
 	return nil
+}
+
+// However many have something to write, so many writes are under way, and reads wait for none of them.
+func TestWritesInFlight(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSituation(t)
+		var under, most atomic.Int64
+		s.server().before = func(request *http.Request) {
+			if request.Method == http.MethodGet {
+				return
+			}
+			most.Store(max(most.Load(), under.Add(1)))
+			select {
+			case <-time.After(time.Second):
+			case <-request.Context().Done():
+			}
+			under.Add(-1)
+		}
+		var all sync.WaitGroup
+		for range 5 * writesInFlight {
+			all.Go(func() { _ = s.secrets.Delete(t.Context(), "n", "pull", "uid", "1") })
+		}
+		begin := time.Now()
+		_, _ = s.secrets.Get(t.Context(), "n", "pull")
+		require.Less(t, time.Since(begin), time.Second)
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second/2)
+		defer cancel()
+		require.ErrorIs(t, s.secrets.Delete(ctx, "n", "pull", "uid", "1"), context.DeadlineExceeded, "who waits may give up")
+		all.Wait()
+		require.Equal(t, 5*time.Second, time.Since(begin))
+		require.Equal(t, int64(writesInFlight), most.Load())
+	})
 }
