@@ -158,32 +158,51 @@ func (t *term) accountChanged(key types.NamespacedName, old, current *account) {
 	defer t.mu.Unlock()
 	switch {
 	case current == nil:
-		delete(t.accountsIn[key.Namespace], key.Name)
-		if len(t.accountsIn[key.Namespace]) == 0 {
-			delete(t.accountsIn, key.Namespace)
-		}
-		delete(t.undone, key)
+		t.forgetAccount(key)
+		t.accountsDirty()
+		return
 	case old == nil || old.uid != current.uid:
+		t.forgetAccount(key)
 		if t.accountsIn[key.Namespace] == nil {
 			t.accountsIn[key.Namespace] = map[string]struct{}{}
 		}
 		t.accountsIn[key.Namespace][key.Name] = struct{}{}
-		delete(t.undone, key)
 	case old.resourceVersion == current.resourceVersion:
 		return // our own write, which is known
 	case t.writing[key]: // it is our own write, most likely
-	case slices.ContainsFunc(old.attached, func(name string) bool {
-		return slices.Contains(old.pullSecrets, name) && !slices.Contains(current.pullSecrets, name)
-	}):
-		u := t.undone[key]
-		if time.Since(u.last) > 2*repairMaxDelay {
-			u = repairs{}
-		}
-		u.times++
-		u.last = time.Now()
-		t.undone[key] = u
+	case current.undoes(*old):
+		t.noteUndone(key)
 	}
 	t.enqueueAccounts(key.Namespace)
+}
+
+// undoes reports whether somebody has taken an entry of ours out, or has put one in in our name.
+func (a account) undoes(old account) bool {
+	return slices.ContainsFunc(old.attached, func(name string) bool {
+		return slices.Contains(old.pullSecrets, name) && !slices.Contains(a.pullSecrets, name)
+	}) ||
+		slices.ContainsFunc(a.attached, func(name string) bool { return !slices.Contains(old.attached, name) })
+}
+
+// noteUndone counts that somebody has undone what imps did to a ServiceAccount. The caller holds the lock.
+func (t *term) noteUndone(key types.NamespacedName) {
+	u := t.undone[key]
+	if time.Since(u.last) > 2*repairMaxDelay {
+		u = repairs{}
+	}
+	u.times++
+	u.last = time.Now()
+	t.undone[key] = u
+}
+
+// forgetAccount forgets a ServiceAccount that is gone. The caller holds the lock.
+func (t *term) forgetAccount(key types.NamespacedName) {
+	delete(t.accountsIn[key.Namespace], key.Name)
+	if len(t.accountsIn[key.Namespace]) == 0 {
+		delete(t.accountsIn, key.Namespace)
+	}
+	delete(t.undone, key)
+	delete(t.refused, key)
 }
 
 // enqueueAccounts has the ServiceAccounts of a namespace looked at. The caller holds the lock.
@@ -214,22 +233,29 @@ func (t *term) setAccounts(c *claim, r *v1alpha1.ImagePullSecret) {
 	t.enqueueAllAccounts()
 }
 
-// attaches reports whether the claim attaches in a namespace. The caller holds the lock.
-func (t *term) attaches(c *claim, namespace string, meta namespaceMeta) bool {
-	return c.accounts != nil && c.selection != nil && t.inForce(c.ref.UID) && t.selects(c, namespace, meta)
+// attaches returns the name of the Secret that a claim has ServiceAccounts of a namespace name, empty where it does not. It
+// does so before there are any credentials. The caller holds the lock.
+func (t *term) attaches(c *claim, namespace string, meta namespaceMeta) string {
+	if c.accounts == nil || !t.inForce(c.ref.UID) {
+		return ""
+	}
+	name, selection := c.rendered.Target.Name(), c.selection
+	if c.early != nil {
+		name, selection = t.byUID[c.ref.UID].Spec.Target.Secret.Name, c.early
+	}
+	if !t.wants(c.ref.UID, selection, namespace, meta) {
+		return ""
+	}
+	return name
 }
 
-// selects reports whether a claim selects a namespace, or has its Secret there yet. The caller holds the lock.
-func (t *term) selects(c *claim, namespace string, meta namespaceMeta) bool {
-	if t.config.Excluded.Matches(namespace) {
+// wants reports whether a selection of a resource selects a namespace. The caller holds the lock.
+func (t *term) wants(uid types.UID, selection *impsync.Selection, namespace string, meta namespaceMeta) bool {
+	if selection == nil || t.config.Excluded.Matches(namespace) {
 		return false
 	}
-	if c.selection.SelectsByRule(namespace, meta.labels, meta.annotations) {
-		return true
-	}
-	state := t.demand.states[demandKey{namespace, c.ref.UID}]
-	_, lingers := c.outcomes[namespace]
-	return state != nil && state.nodes > 0 || lingers
+	state := t.demand.states[demandKey{namespace, uid}]
+	return selection.SelectsByRule(namespace, meta.labels, meta.annotations) || selection.HasPodRules() && state != nil && state.nodes > 0
 }
 
 // attachment is what is to be changed of one ServiceAccount.
@@ -254,7 +280,7 @@ func (t *term) judgeAccount(key types.NamespacedName, now time.Time) *attachment
 	}
 	var wanted []string
 	for _, c := range t.claims {
-		if secret := c.rendered.Target.Name(); secret != "" && t.attaches(c, key.Namespace, meta) && c.accounts.Matches(key.Name, a.labels) && !slices.Contains(wanted, secret) {
+		if secret := t.attaches(c, key.Namespace, meta); secret != "" && c.accounts.Matches(key.Name, a.labels) && !slices.Contains(wanted, secret) {
 			wanted = append(wanted, secret)
 		}
 	}
@@ -269,7 +295,7 @@ func (t *term) judgeAccount(key types.NamespacedName, now time.Time) *attachment
 	if slices.Equal(change.names, a.pullSecrets) && slices.Equal(change.remembered, a.attached) {
 		return nil
 	}
-	if wait := t.undone[key].wait(now); wait > 0 && len(change.names) > len(a.pullSecrets) {
+	if wait := t.undone[key].wait(now); wait > 0 {
 		t.accountQueue.AddAfter(key.Namespace, wait)
 		return nil
 	}
@@ -287,19 +313,19 @@ func (t *term) keepsAttached(key targetKey, meta namespaceMeta) (keeps, selected
 		t.accountQueue.AddAfter(key.namespace, impsync.RecheckSoonest)
 		return true, false
 	}
-	for uid, c := range t.byTarget[key.name] {
-		if !t.inForce(uid) {
+	for uid, r := range t.byUID {
+		c := t.claims[uid]
+		if c == nil || !t.inForce(uid) || c.rendered.Target.Name() != key.name && r.Spec.Target.Secret.Name != key.name {
 			continue
 		}
-		if !c.wordCounts() {
+		wants := t.wants(uid, c.selection, key.namespace, meta) || t.wants(uid, c.early, key.namespace, meta)
+		if wants && t.unsettled(uid) {
 			return true, false
 		}
-		selected = selected || t.selects(c, key.namespace, meta)
+		selected = selected || wants
 	}
 	if mirror := t.targets[key.name]; !selected && mirror != nil {
-		select {
-		case <-mirror.Synced():
-		default:
+		if !isClosed(mirror.Synced()) {
 			return true, false // looked at again once it is
 		}
 		existing, exists := mirror.Get(types.NamespacedName{Namespace: key.namespace, Name: key.name})
@@ -375,17 +401,27 @@ func (t *term) changeAccount(ctx context.Context, key types.NamespacedName, chan
 	accounts := t.core.ServiceAccounts(key.Namespace)
 	written, err := accounts.Patch(ctx, key.Name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: impsync.FieldManager})
 	t.metrics.attachments.WithLabelValues(impsync.ResultOf(err)).Inc()
-	if apierrors.IsConflict(err) {
+	conflict := apierrors.IsConflict(err)
+	if conflict {
 		written, err = accounts.Get(ctx, key.Name, metav1.GetOptions{})
 	}
 	switch {
 	case apierrors.IsNotFound(err):
 		t.accounts.Drop(key, func(a account) bool { return a.uid == change.was.uid })
+		t.change(func() {
+			if _, there := t.accounts.Get(key); !there { // else another one has come
+				t.forgetAccount(key)
+			}
+		})
 		return nil
 	case err != nil:
 		return fmt.Errorf("ServiceAccount %s: %w", key, err)
 	}
-	t.accounts.Put(key, accountOf(written))
+	is := accountOf(written)
+	t.accounts.Put(key, is)
+	if !conflict && !slices.Equal(is.pullSecrets, change.names) {
+		t.change(func() { t.noteUndone(key) }) // a webhook has changed what was written
+	}
 	return nil
 }
 
@@ -416,39 +452,48 @@ func (t *term) noteAccounts(namespace string, failed map[types.NamespacedName]er
 	for name := range t.accountsIn[namespace] {
 		key := types.NamespacedName{Namespace: namespace, Name: name}
 		delete(t.refused, key)
-		if err := failed[key]; err != nil && !errors.Is(err, errBehind) && !errors.Is(err, errLeaseStale) {
+		passes := []error{errBehind, errLeaseStale, errAgain}
+		err := failed[key]
+		if err != nil && !apierrors.IsTooManyRequests(err) && !slices.ContainsFunc(passes, func(p error) bool { return errors.Is(err, p) }) {
 			t.refused[key] = impsync.Explain(err)
 		}
 	}
-	for uid, c := range t.claims {
-		if _, ok := c.outcomes[namespace]; ok && c.accounts != nil {
-			t.statusDirty(uid)
-		}
+	t.accountsDirty()
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
 	}
 }
 
 // accountsReady is the condition about the ServiceAccounts of a claim. The caller holds the lock.
 func (t *term) accountsReady(c *claim) metav1.Condition {
 	condition := metav1.Condition{Type: v1alpha1.ConditionServiceAccountsReady, Status: metav1.ConditionFalse, Reason: reasonFailed}
-	select {
-	case <-t.accounts.Synced():
-	default:
+	err, read := t.accounts.Err(), isClosed(t.accounts.Synced())
+	switch {
+	case apierrors.IsForbidden(err):
+		condition.Message = "the ServiceAccounts cannot be read: " + impsync.Explain(err) + "; the chart's value attachServiceAccounts gives the right"
+		return condition
+	case !read && err != nil:
+		condition.Message = "the ServiceAccounts cannot be read: " + impsync.Explain(err)
+		return condition
+	case !read:
 		condition.Status, condition.Reason, condition.Message = metav1.ConditionUnknown, reasonProgressing, "the ServiceAccounts have not been read yet"
-		if err := t.accounts.Err(); err != nil {
-			condition.Status, condition.Reason, condition.Message = metav1.ConditionFalse, reasonFailed, "the ServiceAccounts cannot be read: "+impsync.Explain(err)
-			if apierrors.IsForbidden(err) {
-				condition.Message += "; the chart's value attachServiceAccounts gives the right"
-			}
-		}
 		return condition
 	}
 	wanted, named := 0, 0
 	var failed []string
-	for namespace, o := range c.outcomes {
-		if o.kind == excluded {
+	for namespace, names := range t.accountsIn {
+		meta, there := t.namespaces.Get(types.NamespacedName{Name: namespace})
+		secret := t.attaches(c, namespace, meta)
+		if !there || meta.terminating || secret == "" {
 			continue
 		}
-		for name := range t.accountsIn[namespace] {
+		for name := range names {
 			key := types.NamespacedName{Namespace: namespace, Name: name}
 			a, ok := t.accounts.Get(key)
 			if !ok || a.deleting || !c.accounts.Matches(name, a.labels) {
@@ -456,7 +501,7 @@ func (t *term) accountsReady(c *claim) metav1.Condition {
 			}
 			wanted++
 			switch {
-			case slices.Contains(a.pullSecrets, c.rendered.Target.Name()):
+			case slices.Contains(a.pullSecrets, secret):
 				named++
 			case t.refused[key] != "":
 				failed = append(failed, key.String()+": "+t.refused[key])

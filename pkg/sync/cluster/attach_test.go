@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"math/rand/v2"
@@ -11,9 +12,13 @@ import (
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/tools/cache"
 
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	impsync "github.com/imps-node/imps/pkg/sync"
@@ -175,7 +180,7 @@ func TestWhatIsAttachedStaysUntilItIsKnownThatNobodyWantsIt(t *testing.T) {
 		},
 		"the newest spec has a problem": {
 			func(t *testing.T, s *situation) {
-				s.claimOf(t, resource(t, "a", 0, byNone), 7).problem = errors.New("x")
+				s.claimOf(t, resource(t, "a", 0, byName), 7).problem = errors.New("x")
 			}, "b pull;pull", "",
 		},
 		"what a resource wants is not known yet": {
@@ -238,8 +243,6 @@ func TestEntriesThatSomebodyTakesOutAreCounted(t *testing.T) {
 			require.Equal(t, wait > 0, s.judgeAccount(key, time.Now()) == nil)
 			<-time.After(wait)
 		}
-		require.Contains(t, s.accountsReady(c).Message, "0 of 0")
-		c.outcomes["n"] = outcome{kind: delivered}
 		require.Contains(t, s.accountsReady(c).Message, "0 of 1 ServiceAccounts name the Secret; not n/sa: somebody takes the entry out")
 		<-time.After(2*repairMaxDelay + time.Second)
 		s.queuedAccounts()
@@ -251,5 +254,275 @@ func TestEntriesThatSomebodyTakesOutAreCounted(t *testing.T) {
 		s.accountChanged(key, &without, nil)
 		require.Empty(t, s.undone)
 		require.Empty(t, s.accountsIn)
+	})
+}
+
+// everySA selects the ServiceAccount sa, which is oneSA.
+var (
+	everySA = &v1alpha1.ServiceAccountSelector{Names: []string{"sa"}}
+	oneSA   = types.NamespacedName{Namespace: "n", Name: "sa"}
+)
+
+// What was kept for want of knowledge is looked at once there is some.
+func TestServiceAccountsAreLookedAtOnceAProblemIsSolved(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		was := newRendering(t, s)
+		was.resource = resource(t, "a", 0, byName)
+		was.resolved = resolve(nil, &state{}, noon)
+		c := s.claimOf(t, was.resource, 7)
+		selection, _, _ := impsync.CompileSelection(was.resource.Spec.Target.Namespaces, was.resource.Spec.Target.NamespacesWithPods)
+		c.setRendered(was.remembers(7), selection)
+		c.state = was.known
+		c.outcomes["n"] = outcome{kind: delivered, counter: 7}
+		s.there(c)
+		c.accounts, _ = impsync.CompileAccounts(&v1alpha1.ServiceAccountSelector{Names: []string{"else"}})
+		s.withAccounts(t, map[string]string{"sa": "b pull;pull"}) // it went out of the selection meanwhile
+		c.problem = errors.New("x")
+		require.Nil(t, s.judgeAccount(oneSA, s.now), "kept, as nothing is known")
+		s.queuedAccounts()
+		s.setAccounts(c, was.resource) // spec nil == nil
+		require.NoError(t, s.reconcileResource(t.Context(), "uid-a"))
+		require.NoError(t, c.problem)
+		require.NotNil(t, s.judgeAccount(oneSA, s.now), "it is to go now")
+		require.Equal(t, []string{"n"}, s.queuedAccounts(), "and somebody looks at it")
+	})
+}
+
+// An outcome of the spec before is no selection.
+func TestANamespaceThatIsSelectedNoMoreGetsNoEntry(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byNone), 7)
+		c.accounts, _ = impsync.CompileAccounts(everySA)
+		c.outcomes["n"] = outcome{kind: pending} // of the spec before, under another name
+		s.withAccounts(t, map[string]string{"sa": "b old;old"})
+		s.targets["old"] = nil
+		change := s.judgeAccount(oneSA, s.now)
+		if change != nil {
+			require.NotContains(t, change.names, "pull")
+		}
+	})
+}
+
+// The report of a dead agent may say what no rule asks for any more.
+func TestDemandWithoutPodRulesAttachesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byNone), 7)
+		c.accounts, _ = impsync.CompileAccounts(everySA)
+		s.demand.states[demandKey{"n", "uid-a"}] = &demandState{nodes: 1}
+		s.withAccounts(t, map[string]string{"sa": "b"})
+		require.Equal(t, leave, s.decides().verb, "no Secret is delivered")
+		require.Nil(t, s.judgeAccount(oneSA, s.now))
+	})
+}
+
+// It is gone before the watch has told.
+func TestAServiceAccountThatIsGoneIsForgotten(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		c.accounts, _ = impsync.CompileAccounts(everySA)
+		fake := watch.NewFake()
+		sa := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "n", Name: "sa", UID: "sa", ResourceVersion: "5"}}
+		s.accounts = impsync.NewMirror(impsync.MirrorConfig[account]{
+			Name: "ServiceAccounts", Example: &corev1.ServiceAccount{}, Log: s.log, OnChange: s.accountChanged,
+			Convert: func(o runtime.Object) account { return accountOf(o.(*corev1.ServiceAccount)) }, Version: func(a account) string { return a.resourceVersion },
+			ListWatch: &cache.ListWatch{
+				ListWithContextFunc: func(context.Context, metav1.ListOptions) (runtime.Object, error) {
+					return &corev1.ServiceAccountList{ListMeta: metav1.ListMeta{ResourceVersion: "10"}, Items: []corev1.ServiceAccount{*sa}}, nil
+				},
+				WatchFuncWithContext: func(_ context.Context, o metav1.ListOptions) (watch.Interface, error) {
+					if o.SendInitialEvents != nil {
+						return nil, errors.New("no")
+					}
+					return fake, nil
+				},
+			},
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); s.accounts.Run(ctx) }()
+		defer func() { cancel(); <-done }()
+		<-s.accounts.Synced()
+		s.server().answers = map[string]any{"PATCH /api/v1/namespaces/n/serviceaccounts/sa": apierrors.NewNotFound(schema.GroupResource{Resource: "serviceaccounts"}, "sa")}
+		require.NoError(t, s.reconcileAccounts(t.Context(), "n"))
+		gone := sa.DeepCopy()
+		gone.ResourceVersion = "11"
+		fake.Delete(gone)
+		<-time.After(time.Second)
+		require.Empty(t, s.accountsIn)
+	})
+}
+
+// Also why it could not be changed.
+func TestWhyAServiceAccountCouldNotBeChangedIsForgottenWithIt(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.claimOf(t, resource(t, "a", 0, byName), 7).accounts, _ = impsync.CompileAccounts(everySA)
+		s.withAccounts(t, map[string]string{"sa": "b"})
+		s.server().answers = map[string]any{"PATCH /api/v1/namespaces/n/serviceaccounts/sa": apierrors.NewForbidden(schema.GroupResource{Resource: "serviceaccounts"}, "sa", errors.New("policy"))}
+		require.Error(t, s.reconcileAccounts(t.Context(), "n"))
+		s.accountChanged(oneSA, &account{uid: "sa"}, nil)
+		require.Empty(t, s.refused)
+	})
+}
+
+// A webhook takes the entry out in the very write.
+func TestAWebhookThatTakesTheEntryOutIsNotFought(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.claimOf(t, resource(t, "a", 0, byName), 7).accounts, _ = impsync.CompileAccounts(everySA)
+		s.withAccounts(t, map[string]string{"sa": "b"})
+		s.server().answers = map[string]any{"PATCH /api/v1/namespaces/n/serviceaccounts/sa": &corev1.ServiceAccount{
+			TypeMeta:         metav1.TypeMeta{APIVersion: "v1", Kind: "ServiceAccount"},
+			ObjectMeta:       metav1.ObjectMeta{Namespace: "n", Name: "sa", UID: "sa", ResourceVersion: "6", Annotations: map[string]string{impsync.AnnotationAttached: "pull"}},
+			ImagePullSecrets: []corev1.LocalObjectReference{{Name: "b"}},
+		}}
+		writes := 0
+		for range 10 {
+			_ = s.reconcileAccounts(t.Context(), "n")
+			writes += len(s.server().asked())
+			<-time.After(time.Minute)
+		}
+		t.Log(writes, s.refused, s.undone)
+		require.LessOrEqual(t, writes, 12)
+	})
+}
+
+// A tool puts back what was attached under another name.
+func TestAToolThatPutsAnOldEntryBackIsNotFought(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.claimOf(t, resource(t, "a", 0, byName), 7).accounts, _ = impsync.CompileAccounts(everySA)
+		s.withAccounts(t, map[string]string{"sa": "b other;other"})
+		ours := account{uid: "sa", resourceVersion: "20", pullSecrets: []string{"b", "pull"}, attached: []string{"pull"}}
+		theirs := account{uid: "sa", resourceVersion: "21", pullSecrets: []string{"b", "other"}, attached: []string{"other"}}
+		for range 20 {
+			s.accountChanged(oneSA, &ours, &theirs)
+		}
+		require.Equal(t, 20, s.undone[oneSA].times)
+		require.Nil(t, s.judgeAccount(oneSA, time.Now()), "it waits")
+	})
+}
+
+// A tool puts in an entry that nobody wants, with the annotation.
+func TestAToolThatPutsAnEntryInInOurNameIsNotFought(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		s.withAccounts(t, map[string]string{"sa": "b other;other"}) // nobody wants it
+		ours := account{uid: "sa", resourceVersion: "20", pullSecrets: []string{"b"}}
+		theirs := account{uid: "sa", resourceVersion: "21", pullSecrets: []string{"b", "other"}, attached: []string{"other"}}
+		for range 20 {
+			s.accountChanged(oneSA, &ours, &theirs)
+		}
+		require.NotEmpty(t, s.undone)
+		require.Nil(t, s.judgeAccount(oneSA, time.Now()), "it waits")
+	})
+}
+
+// A new leader tells nothing before it has read the ServiceAccounts.
+func TestTheStatusOfANewLeaderWaitsForTheServiceAccounts(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := resource(t, "a", 0, byName)
+		c := s.claimOf(t, r, 7)
+		c.accounts, _ = impsync.CompileAccounts(everySA)
+		c.outcomes["n"] = outcome{kind: delivered, counter: 7}
+		s.withAccounts(t, map[string]string{"sa": "b pull;pull"})
+		r.Status = s.statusOf(r, c, s.summarize(c))
+		require.Equal(t, v1alpha1.StatusReady, r.Status.Status)
+		s.accounts = impsync.NewMirror(impsync.MirrorConfig[account]{}) // the next leader, whose list is under way
+		_ = s.reconcileStatus(t.Context(), "uid-a")
+		require.Empty(t, s.server().asked())
+	})
+}
+
+// The right is taken away while it leads.
+func TestTheRightToReadServiceAccountsIsTakenAway(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := resource(t, "a", 0, byName)
+		c := s.claimOf(t, r, 7)
+		c.accounts, _ = impsync.CompileAccounts(everySA)
+		c.outcomes["n"] = outcome{kind: delivered, counter: 7}
+		forbidden := apierrors.NewForbidden(schema.GroupResource{Resource: "serviceaccounts"}, "", errors.New("rbac"))
+		listed := false
+		s.accounts = impsync.NewMirror(impsync.MirrorConfig[account]{
+			Name: "ServiceAccounts", Example: &corev1.ServiceAccount{}, Log: s.log, OnChange: s.accountChanged,
+			Convert: func(o runtime.Object) account { return accountOf(o.(*corev1.ServiceAccount)) }, Version: func(a account) string { return a.resourceVersion },
+			ListWatch: &cache.ListWatch{
+				ListWithContextFunc: func(context.Context, metav1.ListOptions) (runtime.Object, error) {
+					if listed {
+						return nil, forbidden
+					}
+					listed = true
+					return &corev1.ServiceAccountList{ListMeta: metav1.ListMeta{ResourceVersion: "10"}}, nil
+				},
+				WatchFuncWithContext: func(context.Context, metav1.ListOptions) (watch.Interface, error) { return nil, forbidden },
+			},
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); s.accounts.Run(ctx) }()
+		defer func() { cancel(); <-done }()
+		<-s.accounts.Synced()
+		<-time.After(time.Minute)
+		require.Error(t, s.accounts.Err())
+		require.Equal(t, metav1.ConditionFalse, s.accountsReady(c).Status)
+	})
+}
+
+// More of the same is no other cause.
+func TestAnEventAboutServiceAccountsIsNoNumber(t *testing.T) {
+	why := func(n int) string {
+		failed := make([]string, n)
+		for i := range failed {
+			failed[i] = "n/sa: no"
+		}
+		_, cause := eventOf(metav1.Condition{Type: v1alpha1.ConditionServiceAccountsReady, Status: metav1.ConditionFalse, Message: "0 of 9 ServiceAccounts name the Secret; not " + listed(failed)}, summary{})
+		return cause
+	}
+	require.Equal(t, why(7), why(8))
+}
+
+// No source has given anything yet: a name without a Secret costs nothing, and what is there stays.
+func TestServiceAccountsAreAttachedBeforeThereAreCredentials(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		r := resource(t, "a", 0, byName)
+		c := newClaim(r, impsync.Rendered{})
+		c.state = &state{}
+		s.byUID[r.UID] = r
+		s.putClaim(c)
+		c.accounts, _ = impsync.CompileAccounts(everySA)
+		s.withAccounts(t, map[string]string{"sa": "b", "old": "b pull;pull"})
+		r.Spec.Registry.Credentials = []v1alpha1.CredentialSource{{Name: "hub", Namespace: "not-allowed"}}
+		require.NoError(t, s.reconcileResource(t.Context(), r.UID))
+		c.accounts, _ = impsync.CompileAccounts(&v1alpha1.ServiceAccountSelector{Names: []string{"sa", "old"}})
+		t.Log(s.accountsReady(c))
+		if ch := s.judgeAccount(types.NamespacedName{Namespace: "n", Name: "old"}, s.now); ch != nil {
+			t.Errorf("an entry goes while it is not known what the resource wants: %v", ch.names)
+		}
+		if s.judgeAccount(oneSA, s.now) == nil {
+			t.Error("not attached before the Secret")
+		}
+	})
+}
+
+// A leader that begins with a spec that has a problem takes nothing out.
+func TestARestartWithABadSpecTakesNothingOut(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		bad := resource(t, "a", 0, `{secret: {name: nope}, namespaces: {names: ["n"]}}`)
+		bad.Generation = 2
+		s.byUID[bad.UID] = bad
+		c.settled, c.unread = 0, true
+		s.setAccounts(c, bad)
+		s.withAccounts(t, map[string]string{"sa": "b pull;pull"})
+		require.Nil(t, s.judgeAccount(oneSA, s.now))
+	})
+}
+
+// Too many requests are no failure yet.
+func TestServiceAccountsThatAreThrottledAreNotRefused(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *situation) {
+		c := s.claimOf(t, resource(t, "a", 0, byName), 7)
+		c.accounts, _ = impsync.CompileAccounts(everySA)
+		c.outcomes["n"] = outcome{kind: delivered, counter: 7}
+		s.withAccounts(t, map[string]string{"sa": "b"})
+		s.server().answers = map[string]any{"PATCH /api/v1/namespaces/n/serviceaccounts/sa": apierrors.NewTooManyRequests("slow down", 0)}
+		require.Error(t, s.reconcileAccounts(t.Context(), "n"))
+		require.NotEqual(t, metav1.ConditionFalse, s.accountsReady(c).Status, s.accountsReady(c).Message)
 	})
 }

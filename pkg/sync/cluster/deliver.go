@@ -132,9 +132,7 @@ func (t *term) mirrorTargets(name string) {
 				return // our own write, which is known
 			}
 			t.enqueueTarget(targetKey{key.Namespace, key.Name})
-			if current == nil {
-				t.change(func() { t.enqueueAccounts(key.Namespace) })
-			}
+			t.change(func() { t.enqueueAccounts(key.Namespace) })
 		},
 		Version: func(x impsync.Existing) string { return x.ResourceVersion },
 	})

@@ -30,6 +30,8 @@ type claim struct {
 	accounts        *impsync.AccountSelection
 	accountsSpec    *v1alpha1.ServiceAccountSelector
 	accountsSkipped []error
+	// early is what the resource selects as long as there is nothing to deliver, as no source has given anything yet.
+	early *impsync.Selection
 	// expectations are the target as applied with each set of owners.
 	expectations map[string]*impsync.Expectation
 	// outcomes are the namespaces that the claim selects, or that keep its Secret.
@@ -245,10 +247,15 @@ func (t *term) reconcileResource(ctx context.Context, uid types.UID) error {
 		c.problem, c.failure = problem, failure
 		if problem == nil && failure == nil {
 			t.setAccounts(c, r)
+			if c.early = nil; c.rendered.Target.IsZero() && !c.withdrawn {
+				c.early = selection
+				t.enqueueAllAccounts()
+			}
 		}
 		if undecided && !c.undecided() || solved {
 			// It delivers nothing, and others may claim what it left; or what it holds may go.
 			t.enqueueTargetsOf(c)
+			t.enqueueAllAccounts()
 		}
 	})
 	return failure

@@ -116,6 +116,10 @@ func (t *term) reconcileStatus(ctx context.Context, uid types.UID) error {
 			return nil // nothing is known of its Secrets yet; their first list brings it back
 		}
 	}
+	if c.accounts != nil && t.accounts.Err() == nil && !isClosed(t.accounts.Synced()) {
+		t.mu.Unlock()
+		return nil // their first list brings it back
+	}
 	if wait := statusInterval - time.Since(c.statusWritten); wait > 0 {
 		t.mu.Unlock()
 		t.statusQueue.AddAfter(uid, wait)
@@ -277,12 +281,15 @@ func ready(conditions []metav1.Condition) metav1.Condition {
 	return sum
 }
 
+// andMore stands before the number of those that are not listed.
+const andMore = "; and "
+
 // listed joins the first few of many.
 func listed(all []string) string {
 	if len(all) <= listedMax {
 		return strings.Join(all, "; ")
 	}
-	return fmt.Sprintf("%s; and %d more", strings.Join(all[:listedMax], "; "), len(all)-listedMax)
+	return fmt.Sprintf("%s%s%d more", strings.Join(all[:listedMax], "; "), andMore, len(all)-listedMax)
 }
 
 // bounded cuts a message that quotes too much of a spec: the API server would refuse it,
@@ -346,6 +353,7 @@ func eventOf(condition metav1.Condition, s summary) (reason, cause string) {
 		if !counted {
 			why = condition.Message
 		}
+		why, _, _ = strings.Cut(why, andMore)
 		return eventAccounts, why
 	case condition.Reason == reasonFailed && len(s.failed) > 0:
 		return eventSecrets, strings.Join(s.failed[:min(len(s.failed), listedMax)], "; ")
