@@ -44,6 +44,7 @@ type limits struct {
 	targetSecretNames  list
 	sourceNamespaces   list
 	excludedNamespaces list
+	allowRescue        bool
 }
 
 func (l *limits) register(flags *pflag.FlagSet) {
@@ -51,6 +52,7 @@ func (l *limits) register(flags *pflag.FlagSet) {
 	flags.Var(&l.targetSecretNames, "target-secret-names", "comma `list` of the names that target Secrets may have; * allows any")
 	flags.Var(&l.sourceNamespaces, "source-namespaces", "comma `list` of the namespaces that source Secrets may be in; * allows any")
 	flags.Var(&l.excludedNamespaces, "excluded-namespaces", "comma `list` of namespaces that no resource selects; names, or globs such as kube-*")
+	flags.BoolVar(&l.allowRescue, "allow-rescue", false, "let spec.target.rescue have Pods evicted that cannot pull, as they came before their ServiceAccount named the Secret")
 }
 
 func (l *limits) validate() error {

@@ -88,7 +88,7 @@ func (f *planFlags) run(cmd *cobra.Command) error {
 	}
 	config := cluster.PlanConfig{
 		Client: client, TargetSecretNames: f.targetSecretNames, SourceNamespaces: f.sourceNamespaces,
-		Excluded: impsync.Exclusion(f.excludedNamespaces), Alongside: resources, ECRSources: ecrSources{},
+		Excluded: impsync.Exclusion(f.excludedNamespaces), AllowRescue: f.allowRescue, Alongside: resources, ECRSources: ecrSources{},
 	}
 	var plans []cluster.PlanResult
 	conflicts := 0

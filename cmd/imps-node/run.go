@@ -69,7 +69,7 @@ func (s *settings) run(cmd *cobra.Command) error {
 		"namespace", s.namespace, "renderedNamespace", s.renderedNamespace,
 		"apiServer", client.Host[strings.LastIndexByte(client.Host, '@')+1:], "kubeApiQps", s.kubeAPIQPS, "demandLinger", s.demandLinger.String(),
 		"targetSecretNames", s.targetSecretNames.String(), "sourceNamespaces", s.sourceNamespaces.String(),
-		"excludedNamespaces", s.excludedNamespaces.String())
+		"excludedNamespaces", s.excludedNamespaces.String(), "allowRescue", s.allowRescue)
 }
 
 // log returns the log of a process, which client-go's goes to as well.
@@ -133,6 +133,7 @@ func newDuties(s *settings, client *rest.Config, registry *prometheus.Registry, 
 			Namespace: s.namespace, RenderedNamespace: s.renderedNamespace,
 			TargetSecretNames: s.targetSecretNames, SourceNamespaces: s.sourceNamespaces,
 			Excluded:     impsync.Exclusion(s.excludedNamespaces),
+			AllowRescue:  s.allowRescue,
 			Identity:     hostname + "_" + strings.ToLower(rand.Text()),
 			DemandLinger: s.demandLinger,
 			ECRSources:   ecrSources{}, Tokens: tokens,

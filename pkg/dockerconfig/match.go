@@ -82,6 +82,12 @@ func (c Config) Match(image string) ([]Entry, error) {
 	return found, nil
 }
 
+// Serves reports whether Match finds credentials for an image; of what is no image it does not.
+func (c Config) Serves(image string) bool {
+	found, err := c.Match(image)
+	return err == nil && len(found) > 0
+}
+
 // matches reports whether a normalised key matches a repository.
 func matches(normal string, target *url.URL) bool {
 	key, err := parseNormal(normal)

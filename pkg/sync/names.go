@@ -28,6 +28,9 @@ const (
 	// separated by commas.
 	AnnotationAttached = "images.banzaicloud.io/attached"
 
+	// AnnotationAttachedAt is when imps has last added a name there, in RFC 3339.
+	AnnotationAttachedAt = "images.banzaicloud.io/attached-at"
+
 	// LabelComponent marks imps's own objects; ComponentReport is a node report.
 	LabelComponent  = "images.banzaicloud.io/component"
 	ComponentReport = "node-report"

@@ -98,6 +98,8 @@ type Rendered struct {
 	// Namespaces and Pods are its selectors.
 	Namespaces v1alpha1.NamespaceSelector
 	Pods       v1alpha1.PodSelector
+	// Rescue: Pods that are stuck on a pull which the Secret serves are to be reported.
+	Rescue bool
 	// Expiries are when credentials expire, by registry, those that do.
 	Expiries map[string]time.Time
 	// Target is the object that is applied in every selected namespace.
@@ -114,12 +116,13 @@ type renderedRecord struct {
 	Resource           ResourceRef                `json:"resource"`
 	Namespaces         v1alpha1.NamespaceSelector `json:"namespaces"`
 	NamespacesWithPods v1alpha1.PodSelector       `json:"namespacesWithPods"`
+	Rescue             bool                       `json:"rescue,omitempty"`
 	Expiries           map[string]time.Time       `json:"expiries,omitempty"`
 }
 
 // EncodeRendered returns the data of the rendered Secret. The same input gives the same bytes.
 func EncodeRendered(r Rendered) (map[string][]byte, error) {
-	record, err := json.Marshal(renderedRecord{Resource: r.Resource, Namespaces: r.Namespaces, NamespacesWithPods: r.Pods, Expiries: r.Expiries})
+	record, err := json.Marshal(renderedRecord{Resource: r.Resource, Namespaces: r.Namespaces, NamespacesWithPods: r.Pods, Rescue: r.Rescue, Expiries: r.Expiries})
 	if err != nil {
 		return nil, fmt.Errorf("encode the rendered form of %s: %w", r.Resource.Name, err)
 	}
@@ -178,7 +181,7 @@ func decodeRendered(data map[string][]byte, versions []int) (Rendered, error) {
 	if record.Resource.UID == "" || record.Resource.UID != target.revision.UID {
 		return Rendered{}, errors.New("rendered form: record and target are of different resources")
 	}
-	return Rendered{FormatVersion: versions[i], Resource: record.Resource, Namespaces: record.Namespaces, Pods: record.NamespacesWithPods, Expiries: record.Expiries, Target: target}, nil
+	return Rendered{FormatVersion: versions[i], Resource: record.Resource, Namespaces: record.Namespaces, Pods: record.NamespacesWithPods, Rescue: record.Rescue, Expiries: record.Expiries, Target: target}, nil
 }
 
 // Target is the Secret that a resource puts into every selected namespace: a complete
@@ -321,6 +324,16 @@ func (t Target) Config() (dockerconfig.Sensitive, error) {
 		return dockerconfig.Sensitive{}, fmt.Errorf("target Secret %s: its own body is not valid JSON", t.name)
 	}
 	return dockerconfig.NewSensitive(body.Data[corev1.DockerConfigJsonKey]), nil
+}
+
+// Credentials are those that the Secret holds, parsed.
+func (t Target) Credentials() (dockerconfig.Config, error) {
+	raw, err := t.Config()
+	if err != nil {
+		return dockerconfig.Config{}, err
+	}
+	config, _, err := dockerconfig.Parse(string(corev1.SecretTypeDockerConfigJson), map[string][]byte{corev1.DockerConfigJsonKey: []byte(raw.Reveal())})
+	return config, err
 }
 
 // WithOwners returns the target with one owner reference for each of these resources.

@@ -24,6 +24,9 @@ type Report struct {
 	// Demand are the namespaces that Pods of this node select, with the UIDs of the
 	// resources whose Pod rules they match, sorted.
 	Demand map[string][]types.UID `json:"demand,omitempty"`
+	// Stuck are Pods of this node that wait in vain for an image which a resource with spec.target.rescue has credentials
+	// for, and that do not name its Secret, sorted.
+	Stuck []StuckPod `json:"stuck,omitempty"`
 }
 
 // Encode returns the ConfigMap's data. The same report gives the same bytes.
@@ -31,6 +34,7 @@ func (r Report) Encode() (map[string]string, error) {
 	for _, uids := range r.Demand {
 		slices.Sort(uids)
 	}
+	slices.SortFunc(r.Stuck, StuckPod.compare)
 	raw, err := json.Marshal(r)
 	if err != nil {
 		return nil, fmt.Errorf("encode node report: %w", err)

@@ -44,7 +44,7 @@ func TestAReportWithoutDemandIsTheSameWithAnEmptyOne(t *testing.T) {
 
 func TestAReportOfANewerAgentIsRead(t *testing.T) {
 	t.Parallel()
-	got, err := DecodeReport(map[string]string{ReportKey: `{"node":"n1","formatVersions":[2],"demand":{"a":["u"]},"stuck":[{"pod":"x"}]}`, "other": "x"})
+	got, err := DecodeReport(map[string]string{ReportKey: `{"node":"n1","formatVersions":[2],"demand":{"a":["u"]},"newer":[{"pod":"x"}]}`, "other": "x"})
 	require.NoError(t, err)
 	require.Equal(t, Report{Node: "n1", FormatVersions: []int{2}, Demand: map[string][]types.UID{"a": {"u"}}}, got)
 }

@@ -238,7 +238,7 @@ func TestPlanOfASmallCluster(t *testing.T) {
 	}, got.outcomes())
 	require.ElementsMatch(t, []string{
 		"ForeignSecret " + foreign, "OlderResource " + claimed, "YoungerResource " + lost,
-		"SourceFailed", "SourceFailed", "SourceFailed", "NotAllowed", "NotSupported",
+		"SourceFailed", "SourceFailed", "SourceFailed", "NotAllowed", "NotAllowed",
 	}, got.conflicts())
 	registries := map[string]string{}
 	for _, r := range got.Registries {

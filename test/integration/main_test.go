@@ -105,5 +105,5 @@ func run(m *testing.M) (code int, err error) {
 // install applies what the chart renders: CRD, namespaces, identities and their rights.
 // The workloads stay objects, since no kubelet runs them: tests run the duties themselves.
 func install(ctx context.Context, c *cluster.Cluster) error {
-	return imps.Install(ctx, filepath.Join("..", ".."), c, "targetSecretNames={"+secretName+","+otherSecretName+"}")
+	return imps.Install(ctx, filepath.Join("..", ".."), c, "targetSecretNames={"+secretName+","+otherSecretName+"}", "allowRescue=true")
 }

@@ -83,7 +83,8 @@ type TargetSpec struct {
 	// ServiceAccounts attaches the Secret to these ServiceAccounts of the selected namespaces.
 	// +optional
 	ServiceAccounts *ServiceAccountSelector `json:"serviceAccounts,omitempty"`
-	// Rescue evicts Pods that are stuck on a pull that the Secret now serves.
+	// Rescue evicts Pods that cannot pull what the Secret serves, as they were admitted before their ServiceAccount named it.
+	// The coordinator's --allow-rescue must allow it.
 	// +optional
 	Rescue bool `json:"rescue,omitempty"`
 	// Kubelet serves the credentials to the kubelets of the nodes too; absent: not.

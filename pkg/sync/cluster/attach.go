@@ -432,14 +432,20 @@ func (c *attachment) patch() ([]byte, error) {
 	for _, name := range c.names {
 		refs = append(refs, corev1.LocalObjectReference{Name: name})
 	}
-	var attached any // null takes the annotation off
-	if len(c.remembered) > 0 {
-		attached = strings.Join(c.remembered, ",")
+	annotations := map[string]any{}
+	added := slices.ContainsFunc(c.names, func(name string) bool { return !slices.Contains(c.was.pullSecrets, name) })
+	switch {
+	case len(c.remembered) == 0: // null takes an annotation off
+		annotations[impsync.AnnotationAttached], annotations[impsync.AnnotationAttachedAt] = nil, nil
+	case added:
+		annotations[impsync.AnnotationAttachedAt] = time.Now().UTC().Format(time.RFC3339)
+		fallthrough
+	default:
+		annotations[impsync.AnnotationAttached] = strings.Join(c.remembered, ",")
 	}
 	return json.Marshal(map[string]any{
 		"metadata": map[string]any{
-			"uid": c.was.uid, "resourceVersion": c.was.resourceVersion,
-			"annotations": map[string]any{impsync.AnnotationAttached: attached},
+			"uid": c.was.uid, "resourceVersion": c.was.resourceVersion, "annotations": annotations,
 		},
 		"imagePullSecrets": refs,
 	})
@@ -470,8 +476,21 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// accountsReady is the condition about the ServiceAccounts of a claim. The caller holds the lock.
-func (t *term) accountsReady(c *claim) metav1.Condition {
+// accountsReady is the condition about the ServiceAccounts of a resource and the Pods that came before them, empty where it
+// asks for neither. The caller holds the lock.
+func (t *term) accountsReady(r *v1alpha1.ImagePullSecret, c *claim) (condition metav1.Condition) {
+	if c.accounts != nil {
+		condition = t.accountsNamed(c)
+	}
+	if refused := t.rescueRefused(r.Spec.Target.Rescue); refused != "" && condition.Status != metav1.ConditionFalse {
+		condition.Type, condition.Status, condition.Reason = v1alpha1.ConditionServiceAccountsReady, metav1.ConditionFalse, reasonNotAllowed
+		condition.Message = strings.TrimSuffix(refused+"; "+condition.Message, "; ")
+	}
+	return condition
+}
+
+// accountsNamed is the condition about the ServiceAccounts of a claim. The caller holds the lock.
+func (t *term) accountsNamed(c *claim) metav1.Condition {
 	condition := metav1.Condition{Type: v1alpha1.ConditionServiceAccountsReady, Status: metav1.ConditionFalse, Reason: reasonFailed}
 	err, read := t.accounts.Err(), isClosed(t.accounts.Synced())
 	switch {

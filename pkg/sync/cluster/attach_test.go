@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -112,18 +113,29 @@ func TestTheAnnotationIsReadWhateverSomebodyHasWrittenIntoIt(t *testing.T) {
 
 func TestTheChangeOfAServiceAccountIsAConflictWhereAnythingElseWasChanged(t *testing.T) {
 	t.Parallel()
-	var patched corev1.ServiceAccount
-	patch, err := (&attachment{was: account{uid: "u", resourceVersion: "7"}, names: []string{"a", "pull"}, remembered: []string{"pull", "x"}}).patch()
-	require.NoError(t, err)
-	require.NoError(t, json.Unmarshal(patch, &patched))
-	require.Equal(t, corev1.ServiceAccount{
-		ObjectMeta:       metav1.ObjectMeta{UID: "u", ResourceVersion: "7", Annotations: map[string]string{impsync.AnnotationAttached: "pull,x"}},
-		ImagePullSecrets: []corev1.LocalObjectReference{{Name: "a"}, {Name: "pull"}},
-	}, patched)
-	require.Equal(t, account{uid: "u", resourceVersion: "7", pullSecrets: []string{"a", "pull"}, attached: []string{"pull", "x"}}, accountOf(&patched))
-	patch, err = (&attachment{}).patch()
-	require.NoError(t, err)
-	require.JSONEq(t, `{"metadata":{"uid":"","resourceVersion":"","annotations":{"images.banzaicloud.io/attached":null}},"imagePullSecrets":[]}`, string(patch))
+	synctest.Test(t, func(t *testing.T) {
+		patched := func(c attachment) (is corev1.ServiceAccount) {
+			c.was.uid, c.was.resourceVersion = "u", "7"
+			patch, err := c.patch()
+			require.NoError(t, err)
+			require.NoError(t, json.Unmarshal(patch, &is))
+			return is
+		}
+		is := patched(attachment{names: []string{"a", "pull"}, remembered: []string{"pull", "x"}})
+		require.Equal(t, corev1.ServiceAccount{
+			ObjectMeta: metav1.ObjectMeta{UID: "u", ResourceVersion: "7", Annotations: map[string]string{
+				impsync.AnnotationAttached: "pull,x", impsync.AnnotationAttachedAt: "2000-01-01T00:00:00Z",
+			}},
+			ImagePullSecrets: []corev1.LocalObjectReference{{Name: "a"}, {Name: "pull"}},
+		}, is)
+		require.Equal(t, account{uid: "u", resourceVersion: "7", pullSecrets: []string{"a", "pull"}, attached: []string{"pull", "x"}}, accountOf(&is))
+		require.True(t, attachedAt(&is).Equal(time.Now()))
+		is = patched(attachment{was: account{pullSecrets: []string{"pull", "x"}}, names: []string{"pull"}, remembered: []string{"pull"}})
+		require.Equal(t, map[string]string{impsync.AnnotationAttached: "pull"}, is.Annotations, "nothing was added, and the time stays as it is")
+		patch, err := (&attachment{}).patch()
+		require.NoError(t, err)
+		require.JSONEq(t, `{"metadata":{"uid":"","resourceVersion":"","annotations":{"images.banzaicloud.io/attached":null,"images.banzaicloud.io/attached-at":null}},"imagePullSecrets":[]}`, string(patch))
+	})
 }
 
 // accounts has the term know these ServiceAccounts of the namespace n, "name: names; attached".
@@ -243,7 +255,7 @@ func TestEntriesThatSomebodyTakesOutAreCounted(t *testing.T) {
 			require.Equal(t, wait > 0, s.judgeAccount(key, time.Now()) == nil)
 			<-time.After(wait)
 		}
-		require.Contains(t, s.accountsReady(c).Message, "0 of 1 ServiceAccounts name the Secret; not n/sa: somebody takes the entry out")
+		require.Contains(t, s.accountsNamed(c).Message, "0 of 1 ServiceAccounts name the Secret; not n/sa: somebody takes the entry out")
 		<-time.After(2*repairMaxDelay + time.Second)
 		s.queuedAccounts()
 		s.accountChanged(key, &with, &without)
@@ -456,7 +468,7 @@ func TestTheRightToReadServiceAccountsIsTakenAway(t *testing.T) {
 		<-s.accounts.Synced()
 		<-time.After(time.Minute)
 		require.Error(t, s.accounts.Err())
-		require.Equal(t, metav1.ConditionFalse, s.accountsReady(c).Status)
+		require.Equal(t, metav1.ConditionFalse, s.accountsNamed(c).Status)
 	})
 }
 
@@ -514,6 +526,6 @@ func TestServiceAccountsThatAreThrottledAreNotRefused(t *testing.T) {
 		s.withAccounts(t, map[string]string{"sa": "b"})
 		s.server().answers = map[string]any{"PATCH /api/v1/namespaces/n/serviceaccounts/sa": apierrors.NewTooManyRequests("slow down", 0)}
 		require.Error(t, s.reconcileAccounts(t.Context(), "n"))
-		require.NotEqual(t, metav1.ConditionFalse, s.accountsReady(c).Status, s.accountsReady(c).Message)
+		require.NotEqual(t, metav1.ConditionFalse, s.accountsNamed(c).Status, s.accountsNamed(c).Message)
 	})
 }

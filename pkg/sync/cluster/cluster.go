@@ -24,6 +24,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	coordinationv1client "k8s.io/client-go/kubernetes/typed/coordination/v1"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
+	policyv1client "k8s.io/client-go/kubernetes/typed/policy/v1"
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/leaderelection"
@@ -85,6 +86,8 @@ type Config struct {
 	SourceNamespaces  []string
 	// Excluded namespaces are never selected.
 	Excluded impsync.Exclusion
+	// AllowRescue: resources may have Pods evicted that are stuck.
+	AllowRescue bool
 	// FormatVersions are the versions of the rendered form that it reads and writes, in
 	// ascending order; impsync.FormatVersions where it is nil.
 	FormatVersions []int
@@ -111,6 +114,7 @@ type Coordinator struct {
 	core     corev1client.CoreV1Interface
 	events   corev1client.EventsGetter
 	leases   coordinationv1client.CoordinationV1Interface
+	budgets  policyv1client.PodDisruptionBudgetsGetter
 	metadata metadata.Interface
 	secrets  *impsync.Secrets
 	images   rest.Interface
@@ -156,6 +160,9 @@ func New(config Config) (*Coordinator, error) {
 	connection := &http.Client{Transport: c.guard.wrap(transport), Timeout: config.Client.Timeout}
 	binary := impsync.Protobuf(config.Client)
 	if c.core, err = corev1client.NewForConfigAndClient(binary, connection); err != nil {
+		return nil, fmt.Errorf("client: %w", err)
+	}
+	if c.budgets, err = policyv1client.NewForConfigAndClient(binary, connection); err != nil {
 		return nil, fmt.Errorf("client: %w", err)
 	}
 	core, err := corev1client.NewForConfigAndClient(binary, unguarded)
@@ -209,7 +216,7 @@ func (c *Coordinator) Run(ctx context.Context) error {
 	defer events.Shutdown()
 	events.StartRecordingToSink(&corev1client.EventSinkImpl{Interface: c.events.Events("")})
 	scheme := runtime.NewScheme()
-	if err := v1alpha1.AddToScheme(scheme); err != nil {
+	if err := errors.Join(v1alpha1.AddToScheme(scheme), corev1.AddToScheme(scheme)); err != nil {
 		return err
 	}
 	recorder := events.NewRecorder(scheme, corev1.EventSource{Component: impsync.FieldManager})

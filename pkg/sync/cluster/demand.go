@@ -115,6 +115,7 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 	if current == nil {
 		current = &reportObject{}
 	}
+	t.stuckChanged(node, current.stuck)
 	keep := func(key demandKey) bool { return t.byUID[key.uid] != nil }
 	for _, changed := range t.demand.replace(node, current.demand, time.Now(), keep) {
 		if claim := t.claims[changed.uid]; claim != nil {

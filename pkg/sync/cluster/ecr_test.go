@@ -395,9 +395,7 @@ func TestTokensAreRenewedWhereTheSpecHasAProblem(t *testing.T) {
 // delivers is what the Secrets of a claim hold.
 func (c *claim) delivers(t *testing.T) []string {
 	t.Helper()
-	raw, err := c.rendered.Target.Config()
-	require.NoError(t, err)
-	config, err := parseConfig([]byte(raw.Reveal()))
+	config, err := c.rendered.Target.Credentials()
 	require.NoError(t, err)
 	return plain(config)
 }

@@ -201,6 +201,7 @@ func newTestTerm(t *testing.T) *term {
 		term.statusQueue.ShutDown()
 		term.reportQueue.ShutDown()
 		term.accountQueue.ShutDown()
+		term.rescueQueue.ShutDown()
 	})
 	return term
 }
@@ -256,7 +257,7 @@ func renderedAt(t *testing.T, r *v1alpha1.ImagePullSecret, counter uint64) impsy
 	t.Helper()
 	target, err := impsync.NewTarget(impsync.RefOf(r), r.Spec.Target.Secret, counter, dockerconfig.NewSensitive(`{"auths":{"r.io":{"password":"`+canary+`"}}}`))
 	require.NoError(t, err)
-	return impsync.Rendered{FormatVersion: 1, Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods, Target: target}
+	return impsync.Rendered{FormatVersion: 1, Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods, Rescue: r.Spec.Target.Rescue, Target: target}
 }
 
 // claimOf puts a resource in force that was rendered at a counter.

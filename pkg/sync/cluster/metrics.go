@@ -12,6 +12,7 @@ type metrics struct {
 	namespaces   *prometheus.GaugeVec
 	sources      *prometheus.GaugeVec
 	attachments  *prometheus.CounterVec
+	rescues      *prometheus.CounterVec
 }
 
 func newMetrics(registry prometheus.Registerer) (*metrics, error) {
@@ -31,8 +32,11 @@ func newMetrics(registry prometheus.Registerer) (*metrics, error) {
 		attachments: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "imps_serviceaccount_writes_total", Help: "Writes of ServiceAccounts, by result (ok, or the class of the error).",
 		}, []string{"result"}),
+		rescues: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "imps_evictions_total", Help: "Evictions of Pods that could not pull, by result (ok, or the class of the error).",
+		}, []string{"result"}),
 	}
-	for _, c := range []prometheus.Collector{m.leader, m.withoutAgent, m.namespaces, m.sources, m.attachments} {
+	for _, c := range []prometheus.Collector{m.leader, m.withoutAgent, m.namespaces, m.sources, m.attachments, m.rescues} {
 		if err := registry.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
 		}

@@ -19,6 +19,7 @@ type PlanConfig struct {
 	TargetSecretNames []string
 	SourceNamespaces  []string
 	Excluded          impsync.Exclusion
+	AllowRescue       bool
 	// Alongside are ImagePullSecrets that are put into the cluster at the same time.
 	Alongside []*v1alpha1.ImagePullSecret
 	// ECRSources knows what ECR sources ask for; a plan asks for no token.
@@ -122,8 +123,9 @@ func Plan(ctx context.Context, config PlanConfig, r *v1alpha1.ImagePullSecret) (
 	coordinator, err := New(Config{
 		Namespace: "none", RenderedNamespace: "none-either", Identity: "none",
 		TargetSecretNames: config.TargetSecretNames, SourceNamespaces: config.SourceNamespaces, Excluded: config.Excluded,
-		ECRSources: config.ECRSources,
-		Client:     config.Client, Registry: prometheus.NewRegistry(), Log: slog.New(slog.DiscardHandler),
+		AllowRescue: config.AllowRescue,
+		ECRSources:  config.ECRSources,
+		Client:      config.Client, Registry: prometheus.NewRegistry(), Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		return PlanResult{}, err

@@ -79,6 +79,9 @@ func (p *planner) checkSpec() {
 	for _, err := range append(skipped, skippedAccounts...) {
 		p.conflict(ConflictSpec, "", "%v; this selector is left out, the others are served", err)
 	}
+	if refused := p.rescueRefused(target.Rescue); refused != "" {
+		p.conflict(ConflictAllowed, "", "%s", refused)
+	}
 	for _, condition := range notSupported(p.resource) {
 		p.conflict(ConflictSupport, "", "%s", condition.Message)
 	}

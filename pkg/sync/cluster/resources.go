@@ -282,7 +282,10 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 			return problem, nil
 		}
 	}
-	next := impsync.Rendered{Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods, Expiries: credentials.expiries}
+	next := impsync.Rendered{
+		Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods,
+		Rescue: r.Spec.Target.Rescue && t.config.AllowRescue, Expiries: credentials.expiries,
+	}
 	return t.render(ctx, c, r.Generation, known, remembered, next, credentials.config, selection, func(counter uint64, config dockerconfig.Sensitive) (impsync.Target, error) {
 		return impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config)
 	})
@@ -315,11 +318,7 @@ func (t *term) renewInForce(ctx context.Context, r *v1alpha1.ImagePullSecret, c 
 // hold returns what was rendered before, as far as it has not expired, with the newest tokens for its registries and for those
 // that it does not have. It is for where what a resource holds cannot be told from its sources alone.
 func (t *term) hold(current impsync.Rendered, newest given) (given, error) {
-	raw, err := current.Target.Config()
-	if err != nil {
-		return given{}, err
-	}
-	config, err := parseConfig([]byte(raw.Reveal()))
+	config, err := current.Target.Credentials()
 	if err != nil {
 		return given{}, fmt.Errorf("what was rendered before: %w", err)
 	}
@@ -492,6 +491,7 @@ func (t *term) publish(ctx context.Context, c *claim, generation int64, known *s
 	}
 	reselected := before.Target.IsZero() || before.Target.Name() != next.Target.Name() || !before.SameSelectors(next)
 	if !reselected && before.Target.Revision() == next.Target.Revision() {
+		c.rendered.Rescue = next.Rescue
 		return nil, nil
 	}
 	if reselected {
@@ -531,7 +531,8 @@ func (t *term) withdraw(ctx context.Context, c *claim, generation int64) error {
 }
 
 func sameRendered(a, b impsync.Rendered) bool {
-	return maps.EqualFunc(a.Expiries, b.Expiries, time.Time.Equal) && a.FormatVersion == b.FormatVersion && a.Target.Revision() == b.Target.Revision() && a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.SameSelectors(b)
+	return maps.EqualFunc(a.Expiries, b.Expiries, time.Time.Equal) && a.FormatVersion == b.FormatVersion && a.Target.Revision() == b.Target.Revision() &&
+		a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.Rescue == b.Rescue && a.SameSelectors(b)
 }
 
 // retire ends a resource that is gone or going: its rendered Secret before its claim, so

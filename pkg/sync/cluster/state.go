@@ -105,19 +105,13 @@ func decodeState(compressed []byte) (state, error) {
 		s.tokens[id] = Token{Password: dockerconfig.NewSensitive(token.Password), Issued: token.Issued, Expires: token.Expires, Principal: token.Principal}
 	}
 	for key, value := range record.LastGood {
-		config, err := parseConfig(value.Config)
+		config, _, err := dockerconfig.Parse(string(corev1.SecretTypeDockerConfigJson), map[string][]byte{corev1.DockerConfigJsonKey: value.Config})
 		if err != nil {
 			return state{}, fmt.Errorf("state of %s: %w", key, err)
 		}
 		s.lastGood[key] = given{config, value.Expiries}
 	}
 	return s, nil
-}
-
-// parseConfig parses a docker config that we have rendered.
-func parseConfig(raw []byte) (dockerconfig.Config, error) {
-	config, _, err := dockerconfig.Parse(string(corev1.SecretTypeDockerConfigJson), map[string][]byte{corev1.DockerConfigJsonKey: raw})
-	return config, err
 }
 
 // sameState reports whether writing b over a would change nothing.

@@ -52,6 +52,7 @@ const (
 	reasonNothing         = "NothingToDeliver"
 	reasonFailed          = "DeliveryFailed"
 	reasonNotSupported    = "NotSupported"
+	reasonNotAllowed      = "NotAllowed"
 )
 
 // statusDirty has the status of a resource looked at soon.
@@ -175,8 +176,8 @@ func (t *term) statusOf(r *v1alpha1.ImagePullSecret, c *claim, s summary) v1alph
 		Namespaces:                   &s.counts,
 	}
 	conditions := []metav1.Condition{sourcesReady(c), t.secretsReady(c, s)}
-	if c.accounts != nil && !r.Spec.Target.Rescue {
-		conditions = append(conditions, t.accountsReady(c))
+	if condition := t.accountsReady(r, c); condition.Type != "" {
+		conditions = append(conditions, condition)
 	}
 	conditions = append(conditions, notSupported(r)...)
 	conditions = append([]metav1.Condition{ready(conditions)}, conditions...)
@@ -257,9 +258,6 @@ func notSupported(r *v1alpha1.ImagePullSecret) []metav1.Condition {
 	add := func(conditionType, field string) {
 		conditions = append(conditions, metav1.Condition{Type: conditionType, Status: metav1.ConditionFalse, Reason: reasonNotSupported,
 			Message: field + " is set, and " + errNotSupported.Error() + ": it has no effect"})
-	}
-	if r.Spec.Target.Rescue {
-		add(v1alpha1.ConditionServiceAccountsReady, "spec.target.rescue")
 	}
 	if r.Spec.Target.Kubelet != nil {
 		add(v1alpha1.ConditionKubeletReady, "spec.target.kubelet")
@@ -348,6 +346,8 @@ func eventOf(condition metav1.Condition, s summary) (reason, cause string) {
 		return "", ""
 	case condition.Type == v1alpha1.ConditionSourcesReady:
 		return eventSources, condition.Message
+	case condition.Reason == reasonNotAllowed:
+		return eventFailed, condition.Reason
 	case condition.Type == v1alpha1.ConditionServiceAccountsReady:
 		_, why, counted := strings.Cut(condition.Message, "; not ")
 		if !counted {

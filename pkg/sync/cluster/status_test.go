@@ -227,10 +227,15 @@ func TestStatusOf(t *testing.T) {
 			status: "Failed", conditions: []string{"Ready=False DeliveryFailed", "SourcesReady=True Ready", "SecretsReady=False DeliveryFailed"},
 			says: "Secrets that are no longer wanted could not be deleted: m/pull: forbidden",
 		},
-		"rescue is not supported": {
+		"rescue is not allowed": {
 			target: `{secret: {name: pull}, rescue: true}`,
-			status: "Failed", conditions: []string{"Ready=False NotSupported", "SourcesReady=True Ready", "SecretsReady=True Ready", "ServiceAccountsReady=False NotSupported"},
-			says: "0 of 0", reason: "spec.target.rescue is set, and not supported",
+			status: "Failed", conditions: []string{"Ready=False NotAllowed", "SourcesReady=True Ready", "SecretsReady=True Ready", "ServiceAccountsReady=False NotAllowed"},
+			says: "0 of 0", reason: "spec.target.rescue is set, and --allow-rescue is not, so that no Pod is evicted: the chart's value allowRescue sets it",
+		},
+		"rescue is allowed": {
+			target: `{secret: {name: pull}, rescue: true}`, edit: func(_ *testing.T, s *situation, _ *claim) { s.config.AllowRescue = true },
+			status: "Ready", conditions: []string{"Ready=True Ready", "SourcesReady=True Ready", "SecretsReady=True Ready"},
+			says: "0 of 0",
 		},
 		"kubelet is not supported": {
 			target: `{secret: {name: pull}, kubelet: {}}`,

@@ -49,6 +49,7 @@ type term struct {
 	statusQueue   workqueue.TypedRateLimitingInterface[types.UID]
 	reportQueue   workqueue.TypedRateLimitingInterface[string]
 	accountQueue  workqueue.TypedRateLimitingInterface[string] // namespaces
+	rescueQueue   workqueue.TypedRateLimitingInterface[stuckPod]
 
 	// background runs a mirror that is started along the way.
 	background func(func(context.Context)) context.CancelFunc
@@ -88,6 +89,8 @@ type term struct {
 	refused    map[types.NamespacedName]string
 	// writing are those with a write of ours under way, whose event may come before the answer.
 	writing map[types.NamespacedName]bool
+	// stuck are the Pods of each node that cannot pull, as its report says.
+	stuck map[string][]impsync.StuckPod
 	// withoutAgent is the number of nodes without a report.
 	withoutAgent int
 	// nodeGone is when a node was deleted, and reportDropped says that its report was, too.
@@ -109,6 +112,7 @@ func (m namespaceMeta) equal(other namespaceMeta) bool {
 type reportObject struct {
 	// demand is sorted, and holds nothing twice.
 	demand          []demandKey
+	stuck           []impsync.StuckPod
 	formats         []int // as in impsync.Report
 	err             error
 	uid             types.UID
@@ -140,6 +144,7 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 		undone:        map[types.NamespacedName]repairs{},
 		refused:       map[types.NamespacedName]string{},
 		writing:       map[types.NamespacedName]bool{},
+		stuck:         map[string][]impsync.StuckPod{},
 		nodeGone:      map[string]time.Time{},
 		reportDropped: map[string]bool{},
 		formats:       map[string][]int{},
@@ -191,6 +196,7 @@ func newTerm(c *Coordinator, recorder record.EventRecorder) *term {
 	t.statusQueue = newQueue[types.UID]("status")
 	t.reportQueue = newQueue[string]("reports")
 	t.accountQueue = newQueue[string]("serviceaccounts")
+	t.rescueQueue = newQueue[stuckPod]("rescue")
 	return t
 }
 
@@ -205,7 +211,7 @@ func reportOf(c *corev1.ConfigMap) reportObject {
 	if err == nil && impsync.ReportName(report.Node) != c.Name {
 		err = errors.New("node report: it names another node than its name does")
 	}
-	r := reportObject{formats: report.FormatVersions, err: err, uid: c.UID, resourceVersion: c.ResourceVersion}
+	r := reportObject{formats: report.FormatVersions, stuck: report.Stuck[:min(len(report.Stuck), stuckMax)], err: err, uid: c.UID, resourceVersion: c.ResourceVersion}
 	for namespace, uids := range report.Demand {
 		for _, uid := range uids {
 			r.demand = append(r.demand, demandKey{namespace, uid})
@@ -276,6 +282,7 @@ func (t *term) run(ctx context.Context) error {
 			t.statusQueue.ShutDown()
 			t.reportQueue.ShutDown()
 			t.accountQueue.ShutDown()
+			t.rescueQueue.ShutDown()
 			return nil
 		},
 		func(ctx context.Context) error {
@@ -289,6 +296,7 @@ func (t *term) run(ctx context.Context) error {
 				workersOf(work, t, 2, "status", t.statusQueue, t.reconcileStatus),
 				workersOf(work, t, 1, "node report", t.reportQueue, t.dropReport),
 				workersOf(work, t, accountWriters, "ServiceAccounts of a namespace", t.accountQueue, t.reconcileAccounts),
+				workersOf(work, t, 1, "stuck Pod", t.rescueQueue, t.rescue),
 			)
 			return impsync.RunTasks(ctx, append(serve, mirror(t.findAttached))...)
 		})

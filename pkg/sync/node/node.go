@@ -26,6 +26,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/util/workqueue"
 
+	"github.com/imps-node/imps/pkg/dockerconfig"
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
@@ -100,6 +101,8 @@ type pod struct {
 	labels, annotations map[string]string
 	// waiting: it has a container whose image may still have to be pulled.
 	waiting bool
+	// failing are images of it that cannot be pulled, and pullSecrets what it names then.
+	failing, pullSecrets []string
 }
 
 // renderedSecret is what is kept of a rendered Secret.
@@ -113,6 +116,8 @@ type renderedSecret struct {
 type selecting struct {
 	impsync.Rendered
 	selection *impsync.Selection
+	// credentials are what the Secret holds, where the resource asks for rescue.
+	credentials dockerconfig.Config
 }
 
 // namespace is a namespace with Pods on this node that wait.
@@ -276,7 +281,15 @@ func (a *Agent) Run(ctx context.Context) error {
 
 func convertPod(o runtime.Object) pod {
 	p := o.(*corev1.Pod)
-	return pod{uid: p.UID, labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p)}
+	kept := pod{uid: p.UID, labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p)}
+	for _, failed := range impsync.FailedPulls(p) {
+		kept.failing = append(kept.failing, failed.Image)
+	}
+	if len(kept.failing) > 0 {
+		slices.Sort(kept.failing)
+		kept.pullSecrets = impsync.PullSecrets(p.Spec.ImagePullSecrets)
+	}
+	return kept
 }
 
 // isWaiting reports whether an image of the Pod may still have to be pulled: a container
@@ -334,7 +347,7 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 	if waits && !waited || current != nil && relabelled && a.namespaces[key.Namespace] != nil {
 		a.queue.Add(key.Namespace) // by any Pod's labels a namespace is selected for all
 	}
-	if relabelled {
+	if relabelled || !slices.Equal(old.failing, current.failing) {
 		a.dirty()
 	}
 }
@@ -355,21 +368,38 @@ func (a *Agent) renderedChanged(key types.NamespacedName, _, current *renderedSe
 		a.log.Warn("cannot read a rendered Secret, going on with its last readable form", "secret", key.Name, "error", current.err)
 		return
 	}
-	if was != nil && was.Target.Name() == current.rendered.Target.Name() && was.SameSelectors(current.rendered) {
-		// A rotation: the coordinator brings it to every Secret that is there.
-		a.active[key.Name] = &selecting{Rendered: current.rendered, selection: was.selection}
-		return
-	}
-	selection, _, err := impsync.CompileSelection(current.rendered.Namespaces, current.rendered.Pods)
+	next, err := newSelecting(current.rendered, was)
 	if err != nil {
 		a.log.Warn("cannot use a rendered Secret, going on with its last usable form", "secret", key.Name, "error", err)
 		return
 	}
-	a.active[key.Name] = &selecting{Rendered: current.rendered, selection: selection}
+	a.active[key.Name] = next
+	if was != nil && was.Target.Name() == next.Target.Name() && was.selection == next.selection {
+		// A rotation: the coordinator brings it to every Secret that is there.
+		if was.Rescue || next.Rescue {
+			a.dirty()
+		}
+		return
+	}
 	for name := range a.namespaces {
 		a.queue.Add(name)
 	}
 	a.dirty()
+}
+
+// newSelecting compiles a rendered Secret, whose selectors may be those that it had before.
+func newSelecting(rendered impsync.Rendered, was *selecting) (*selecting, error) {
+	s := &selecting{Rendered: rendered}
+	var err error
+	if was != nil && was.SameSelectors(rendered) {
+		s.selection = was.selection
+	} else if s.selection, _, err = impsync.CompileSelection(rendered.Namespaces, rendered.Pods); err != nil {
+		return nil, err
+	}
+	if rendered.Rescue {
+		s.credentials, err = rendered.Target.Credentials()
+	}
+	return s, err
 }
 
 // namespaceMirror watches one namespace by its name. It does not log: where these watches

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -81,12 +82,15 @@ func (a *Agent) writeReport(ctx context.Context) (wrote bool, err error) {
 // is lost in the moment in which such a rule ceases to.
 func (a *Agent) currentReport() impsync.Report {
 	a.mu.Lock()
-	byPods := make([]*selecting, 0, len(a.active))
+	var byPods, rescuing []*selecting
 	inForce := map[string]bool{}
 	for name, s := range a.active {
 		inForce[name] = true
 		if s.selection.HasPodRules() {
 			byPods = append(byPods, s)
+		}
+		if s.Rescue {
+			rescuing = append(rescuing, s)
 		}
 	}
 	a.mu.Unlock()
@@ -107,7 +111,7 @@ func (a *Agent) currentReport() impsync.Report {
 	if len(unread) > 0 {
 		a.keepDemand(report.Demand, unread)
 	}
-	if len(byPods) == 0 {
+	if len(byPods)+len(rescuing) == 0 {
 		return report
 	}
 	type demand struct {
@@ -127,9 +131,18 @@ func (a *Agent) currentReport() impsync.Report {
 			seen[d] = struct{}{}
 			report.Demand[d.namespace] = append(report.Demand[d.namespace], d.uid)
 		}
+		if slices.ContainsFunc(rescuing, func(s *selecting) bool { return s.wouldHelp(p) }) {
+			report.Stuck = append(report.Stuck, impsync.StuckPod{Namespace: key.Namespace, Name: key.Name, UID: p.uid})
+		}
 		return true
 	})
 	return report
+}
+
+// wouldHelp reports whether the Pod is stuck on a pull that the Secret has credentials for, and does not name it. Whoever names
+// it is helped by the kubelet, which reads it at each try.
+func (s *selecting) wouldHelp(p pod) bool {
+	return !slices.Contains(p.pullSecrets, s.Target.Name()) && slices.ContainsFunc(p.failing, s.credentials.Serves)
 }
 
 // keepDemand adds what the last report demands for these resources, as far as there still

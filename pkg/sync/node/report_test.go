@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"strings"
 	"testing"
@@ -8,6 +9,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	impsync "github.com/imps-node/imps/pkg/sync"
@@ -187,4 +190,97 @@ func TestOfWhatItCannotReadTheDemandStaysThatWasReportedLast(t *testing.T) {
 		a.rendered.Put(key, unreadable)
 		require.Empty(t, a.currentReport().Demand)
 	})
+}
+
+// What a resource with rescue could help with is reported, and nothing else.
+func TestStuckPodsInTheReport(t *testing.T) {
+	t.Parallel()
+	const rescuing = `{secret: {name: pull}, namespaces: {names: [n]}, rescue: true}`
+	failing := []string{"r.io/app"}
+	tests := map[string]struct {
+		target string
+		pod    pod
+		in     string
+		want   bool
+	}{
+		"it cannot pull, and does not name the Secret": {pod: pod{failing: failing}, want: true},
+		"it names another Secret":                      {pod: pod{failing: failing, pullSecrets: []string{"theirs"}}, want: true},
+		"one of two images is of a registry that the Secret has": {
+			pod: pod{failing: []string{"other.io/app", "r.io/app"}}, want: true,
+		},
+		"it names the Secret: the kubelet tries again with it": {pod: pod{failing: failing, pullSecrets: []string{"theirs", "pull"}}},
+		"nothing of it fails":                {pod: pod{waiting: true}},
+		"the image is of another registry":   {pod: pod{failing: []string{"other.io/app"}}},
+		"the image is none":                  {pod: pod{failing: []string{"r.io/UPPER"}}},
+		"the namespace is excluded":          {pod: pod{failing: failing}, in: "kube-system"},
+		"the resource does not ask for that": {target: everywhere, pod: pod{failing: failing}},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			a := newTestAgent(t)
+			target, namespace := cmp.Or(test.target, rescuing), cmp.Or(test.in, "n")
+			a.serves(rendered(t, "r", 0, target, 1))
+			test.pod.uid = "uid-of-pod"
+			a.pod(namespace, "p", &test.pod)
+			var want []impsync.StuckPod
+			if test.want {
+				want = []impsync.StuckPod{{Namespace: namespace, Name: "p", UID: "uid-of-pod"}}
+			}
+			require.Equal(t, want, a.currentReport().Stuck)
+		})
+	}
+}
+
+func TestTheReportFollowsWhatIsStuck(t *testing.T) {
+	t.Parallel()
+	a := newTestAgent(t)
+	rescuing := rendered(t, "r", 0, `{secret: {name: pull}, namespaces: {names: [n]}, rescue: true}`, 1)
+	a.serves(rescuing)
+	stuck, waits := pod{failing: []string{"r.io/app"}, waiting: true}, pod{waiting: true}
+	a.pod("n", "p", &waits)
+	a.isDirty()
+	a.pod("n", "p", &stuck)
+	require.True(t, a.isDirty(), "it cannot pull")
+	a.pod("n", "p", &stuck)
+	require.False(t, a.isDirty(), "nor the next time")
+	a.pod("n", "p", &waits)
+	require.True(t, a.isDirty(), "it can")
+
+	a.pod("n", "p", &stuck)
+	a.isDirty()
+	without := rescuing
+	without.Rescue = false
+	a.serves(without)
+	require.True(t, a.isDirty(), "the resource does not ask for it any more")
+	require.Empty(t, a.currentReport().Stuck)
+	a.serves(rescuing)
+	require.True(t, a.isDirty(), "it asks for it again")
+	require.NotEmpty(t, a.currentReport().Stuck)
+	a.serves(rescuing)
+	require.True(t, a.isDirty(), "a rotation may bring another registry")
+}
+
+func TestWhatIsKeptOfAPodThatCannotPull(t *testing.T) {
+	t.Parallel()
+	waiting := func(name, reason string) corev1.ContainerStatus {
+		return corev1.ContainerStatus{Name: name, Image: "what the runtime calls it", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: reason}}}
+	}
+	p := &corev1.Pod{
+		Spec: corev1.PodSpec{
+			ImagePullSecrets: []corev1.LocalObjectReference{{Name: "b"}, {Name: "a"}},
+			InitContainers:   []corev1.Container{{Name: "init", Image: "z.io/init"}},
+			Containers:       []corev1.Container{{Name: "one", Image: "r.io/one"}, {Name: "two", Image: "r.io/two"}, {Name: "three", Image: "r.io/three"}},
+		},
+		Status: corev1.PodStatus{
+			InitContainerStatuses: []corev1.ContainerStatus{waiting("init", "ErrImagePull")},
+			ContainerStatuses: []corev1.ContainerStatus{
+				waiting("three", "PodInitializing"), waiting("two", "ImagePullBackOff"), waiting("one", "ErrImageNeverPull"),
+			},
+		},
+	}
+	kept := convertPod(p)
+	require.Equal(t, []string{"r.io/two", "z.io/init"}, kept.failing)
+	require.Equal(t, []string{"b", "a"}, kept.pullSecrets)
+	p.DeletionTimestamp = &metav1.Time{Time: time.Now()}
+	require.Empty(t, convertPod(p).failing, "it goes")
 }
