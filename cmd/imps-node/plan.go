@@ -100,11 +100,12 @@ func (f *planFlags) run(cmd *cobra.Command) error {
 		plans = append(plans, plan)
 		conflicts += len(plan.Conflicts)
 	}
-	write := writePlanTables
 	if f.output == outputJSON {
-		write = writePlanJSON
+		err = writeJSON(cmd.OutOrStdout(), plans)
+	} else {
+		err = writePlanTables(cmd.OutOrStdout(), plans)
 	}
-	if err := write(cmd.OutOrStdout(), plans); err != nil {
+	if err != nil {
 		return err
 	}
 	if conflicts > 0 {
@@ -125,10 +126,10 @@ func (f *planFlags) read(stdin io.Reader) ([]*v1alpha1.ImagePullSecret, error) {
 	return parseResources(file)
 }
 
-func writePlanJSON(w io.Writer, plans []cluster.PlanResult) error {
+func writeJSON(w io.Writer, value any) error {
 	encoder := json.NewEncoder(w)
 	encoder.SetIndent("", "  ")
-	return encoder.Encode(plans)
+	return encoder.Encode(value)
 }
 
 func writePlanTables(w io.Writer, plans []cluster.PlanResult) error {

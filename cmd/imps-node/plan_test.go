@@ -121,7 +121,7 @@ ImagePullSecret team-b (new), Secret -: 0 namespaces, 0 registries, 0 conflicts
 `, table.String())
 
 	var text bytes.Buffer
-	require.NoError(t, writePlanJSON(&text, plans))
+	require.NoError(t, writeJSON(&text, plans))
 	var decoded []cluster.PlanResult
 	require.NoError(t, json.Unmarshal(text.Bytes(), &decoded))
 	require.Equal(t, plans, decoded)

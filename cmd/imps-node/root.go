@@ -25,7 +25,7 @@ Exit codes:
 		SilenceUsage:  true,
 	}
 	root.SetFlagErrorFunc(usageError)
-	root.AddCommand(newRunCommand(getenv), newPlanCommand(getenv), newRefreshCommand(getenv), newUninstallCommand(getenv), newVersionCommand())
+	root.AddCommand(newRunCommand(getenv), newPlanCommand(getenv), newExplainCommand(getenv), newRefreshCommand(getenv), newUninstallCommand(getenv), newVersionCommand())
 	return root
 }
 

@@ -3,6 +3,7 @@ package sync
 import (
 	"cmp"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -66,4 +67,28 @@ func PullSecrets(refs []corev1.LocalObjectReference) (names []string) {
 		names = append(names, ref.Name)
 	}
 	return names
+}
+
+// clockSkew is by how much the API server's clock, which a Pod's creation time is of, may be ahead of the coordinator's.
+const clockSkew = time.Minute
+
+// AttachedAt is when imps last had a ServiceAccount name a Secret; zero where it has not.
+func AttachedAt(a *corev1.ServiceAccount) time.Time {
+	at, err := time.Parse(time.RFC3339, a.Annotations[AnnotationAttachedAt])
+	if err != nil {
+		return time.Time{}
+	}
+	return at
+}
+
+// CameTooEarly reports whether a Pod may have been admitted before its ServiceAccount named what it names now.
+func CameTooEarly(p *corev1.Pod, a *corev1.ServiceAccount) bool {
+	return !p.CreationTimestamp.After(AttachedAt(a).Add(clockSkew))
+}
+
+// HasOwnPullSecrets reports whether a Pod names a Secret that its ServiceAccount does not. Then it was given a list of its own,
+// and gets none of the ServiceAccount's (plugin/pkg/admission/serviceaccount/admission.go).
+func HasOwnPullSecrets(p *corev1.Pod, a *corev1.ServiceAccount) bool {
+	account := PullSecrets(a.ImagePullSecrets)
+	return slices.ContainsFunc(p.Spec.ImagePullSecrets, func(ref corev1.LocalObjectReference) bool { return !slices.Contains(account, ref.Name) })
 }

@@ -4,14 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os/exec"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 const (
 	accountsNamespace = "mobile"
+	earlyNamespace    = "kiosk" // its Pod comes before the resource
 	accountsTitle     = "ServiceAccounts: a Deployment comes with its namespace, and names no Secret"
 )
 
@@ -26,28 +29,35 @@ spec:
     - {name: hub, namespace: ` + sourceNamespace + `}
   target:
     secret: {name: ` + secretName + `}
-    namespaces: {names: [` + accountsNamespace + `]}
+    namespaces: {names: [` + accountsNamespace + `, ` + earlyNamespace + `]}
     serviceAccounts: {names: [default]}
 `
 
-// deployment is applied in one go.
-const deployment = `apiVersion: v1
+// deployment is a namespace and a Deployment in it, to be applied in one go.
+func deployment(namespace string) []byte {
+	return []byte(`apiVersion: v1
 kind: Namespace
-metadata: {name: ` + accountsNamespace + `}
+metadata: {name: ` + namespace + `}
 ---
 apiVersion: apps/v1
 kind: Deployment
-metadata: {name: app, namespace: ` + accountsNamespace + `}
+metadata: {name: app, namespace: ` + namespace + `}
 spec:
   selector: {matchLabels: {app: app}}
   template:
     metadata: {labels: {app: app}}
     spec:
+      nodeName: node-a
       containers: [{name: app, image: ` + hub + `/app}]
-`
+`)
+}
 
 // attach shows that Pods name the Secret whose authors have never heard of it.
 func (d *demo) attach(ctx context.Context) error {
+	early, err := d.deploy(ctx, earlyNamespace)
+	if err != nil {
+		return err
+	}
 	d.say("\n   | %s", strings.ReplaceAll(strings.TrimSpace(accountsResource), "\n", "\n   | "))
 	if err := d.control.Apply(ctx, []byte(accountsResource)); err != nil {
 		return err
@@ -61,31 +71,22 @@ func (d *demo) attach(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	if err := d.control.Apply(ctx, []byte(deployment)); err != nil {
-		return err
-	}
-	var pod corev1.Pod
-	if err := eventually(ctx, "the Deployment has its Pod", func(ctx context.Context) error {
-		pods, err := d.client.CoreV1().Pods(accountsNamespace).List(ctx, metav1.ListOptions{})
-		if err == nil && len(pods.Items) != 1 {
-			err = fmt.Errorf("it has %d", len(pods.Items))
-		}
-		if err == nil {
-			pod = pods.Items[0]
-		}
-		return err
-	}); err != nil {
+	pod, err := d.deploy(ctx, accountsNamespace)
+	if err != nil {
 		return err
 	}
 	d.note("Namespace and Deployment were applied in one go. The Pod's imagePullSecrets, copied from its ServiceAccount at its admission: %v", pod.Spec.ImagePullSecrets)
 	d.check("the Pod of a Deployment that came with its namespace names the Secret", fmt.Sprint([]corev1.LocalObjectReference{{Name: secretName}}), fmt.Sprint(pod.Spec.ImagePullSecrets))
+	if err := d.explain(ctx, early); err != nil {
+		return err
+	}
 	if d.keep {
 		return nil
 	}
 	if err := d.rest().Delete().AbsPath(resources(), "demo-serviceaccounts").Do(ctx).Error(); err != nil {
 		return fmt.Errorf("delete the ImagePullSecret: %w", err)
 	}
-	err := eventually(ctx, "the ServiceAccount is as it was", func(ctx context.Context) error {
+	err = eventually(ctx, "the ServiceAccount is as it was", func(ctx context.Context) error {
 		account, err := d.client.CoreV1().ServiceAccounts(accountsNamespace).Get(ctx, "default", metav1.GetOptions{})
 		if err == nil && len(account.ImagePullSecrets)+len(account.Annotations) > 0 {
 			err = fmt.Errorf("it names %v, and has the annotations %v", account.ImagePullSecrets, account.Annotations)
@@ -96,4 +97,53 @@ func (d *demo) attach(ctx context.Context) error {
 		d.done("with the resource the ServiceAccount's entry goes")
 	}
 	return err
+}
+
+// deploy applies a namespace with a Deployment, and returns the Pod that comes of it.
+func (d *demo) deploy(ctx context.Context, namespace string) (pod corev1.Pod, err error) {
+	if err := d.control.Apply(ctx, deployment(namespace)); err != nil {
+		return pod, err
+	}
+	err = eventually(ctx, "the Deployment has its Pod", func(ctx context.Context) error {
+		pods, err := d.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
+		if err == nil && len(pods.Items) != 1 {
+			err = fmt.Errorf("it has %d", len(pods.Items))
+		}
+		if err == nil {
+			pod = pods.Items[0]
+		}
+		return err
+	})
+	return pod, err
+}
+
+// explain shows why a Pod does not pull that was there before its ServiceAccount named the Secret.
+func (d *demo) explain(ctx context.Context, pod corev1.Pod) error {
+	_, err := d.client.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.MergePatchType, []byte(`{"status":{"containerStatuses":[
+		{"name":"app","image":"app","imageID":"","ready":false,"restartCount":0,"state":{"waiting":{"reason":"ImagePullBackOff","message":"401 Unauthorized"}}}]}}`),
+		metav1.PatchOptions{}, "status")
+	if err != nil {
+		return fmt.Errorf("write the status of a Pod: %w", err)
+	}
+	if err := eventually(ctx, "namespace "+pod.Namespace+" has its Secret, and its ServiceAccount names it", func(ctx context.Context) error {
+		if _, err := d.client.CoreV1().Secrets(pod.Namespace).Get(ctx, secretName, metav1.GetOptions{}); err != nil {
+			return err
+		}
+		account, err := d.client.CoreV1().ServiceAccounts(pod.Namespace).Get(ctx, "default", metav1.GetOptions{})
+		if err == nil && len(account.ImagePullSecrets) == 0 {
+			err = errors.New("it names none")
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	name := pod.Namespace + "/" + pod.Name
+	out, err := exec.CommandContext(ctx, d.binary, "explain", "pod", name, "--kubeconfig", d.control.Kubeconfig()).Output()
+	if err != nil {
+		return fmt.Errorf("imps-node explain: %w", err)
+	}
+	d.note("Namespace %s has a Pod that came before the resource. No kubelet runs here: the demo has written the status that one would.", pod.Namespace)
+	d.say("\n   $ imps-node explain pod %s\n\n   %s", name, strings.ReplaceAll(strings.TrimSpace(string(out)), "\n", "\n   "))
+	d.check("imps-node explain says what keeps a Pod from pulling that came too early", true, strings.Contains(string(out), "AttachedLate"))
+	return nil
 }

@@ -129,7 +129,7 @@ func TestTheChangeOfAServiceAccountIsAConflictWhereAnythingElseWasChanged(t *tes
 			ImagePullSecrets: []corev1.LocalObjectReference{{Name: "a"}, {Name: "pull"}},
 		}, is)
 		require.Equal(t, account{uid: "u", resourceVersion: "7", pullSecrets: []string{"a", "pull"}, attached: []string{"pull", "x"}}, accountOf(&is))
-		require.True(t, attachedAt(&is).Equal(time.Now()))
+		require.True(t, impsync.AttachedAt(&is).Equal(time.Now()))
 		is = patched(attachment{was: account{pullSecrets: []string{"pull", "x"}}, names: []string{"pull"}, remembered: []string{"pull"}})
 		require.Equal(t, map[string]string{impsync.AnnotationAttached: "pull"}, is.Annotations, "nothing was added, and the time stays as it is")
 		patch, err := (&attachment{}).patch()

@@ -21,7 +21,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 	coordinationv1client "k8s.io/client-go/kubernetes/typed/coordination/v1"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	policyv1client "k8s.io/client-go/kubernetes/typed/policy/v1"
@@ -179,16 +178,8 @@ func New(config Config) (*Coordinator, error) {
 	if c.secrets, err = impsync.NewSecrets(config.Client, connection); err != nil {
 		return nil, err
 	}
-	scheme := runtime.NewScheme()
-	if err := v1alpha1.AddToScheme(scheme); err != nil {
+	if c.images, err = impsync.ImagesClient(config.Client, connection); err != nil {
 		return nil, err
-	}
-	images := rest.CopyConfig(config.Client)
-	images.GroupVersion = &v1alpha1.GroupVersion
-	images.APIPath = "/apis"
-	images.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
-	if c.images, err = rest.RESTClientForConfigAndClient(images, connection); err != nil {
-		return nil, fmt.Errorf("client for ImagePullSecrets: %w", err)
 	}
 	if c.metrics, err = newMetrics(config.Registry); err != nil {
 		return nil, err

@@ -22,8 +22,6 @@ const (
 	// rescueInterval is the shortest time between two evictions of Pods of one controller, rescuePause between any two.
 	rescueInterval = 10 * time.Minute
 	rescuePause    = 200 * time.Millisecond
-	// clockSkew is by how much the API server's clock, which a Pod's creation time is of, may be ahead of ours.
-	clockSkew = time.Minute
 	// stuckMax is how many stuck Pods a node may name: more than a node has.
 	stuckMax = 500
 )
@@ -145,7 +143,7 @@ func replacementHelps(pod *corev1.Pod, account *corev1.ServiceAccount, delivered
 	if len(failed) == 0 {
 		return notYet, "" // by the time of the next report it is out of it
 	}
-	if slices.ContainsFunc(has, func(name string) bool { return !slices.Contains(gets, name) }) {
+	if impsync.HasOwnPullSecrets(pod, account) {
 		return never, "" // somebody else than the ServiceAccount says what it names
 	}
 	var missed []string
@@ -173,19 +171,10 @@ func replacementHelps(pod *corev1.Pod, account *corev1.ServiceAccount, delivered
 	switch {
 	case len(missed) == 0:
 		return notYet, ""
-	case pod.CreationTimestamp.After(attachedAt(account).Add(clockSkew)):
+	case !impsync.CameTooEarly(pod, account):
 		return never, "" // it came after, and does not name it all the same
 	}
 	return atOnce, slices.Min(missed)
-}
-
-// attachedAt is when imps last had a ServiceAccount name a Secret; zero where it has not.
-func attachedAt(account *corev1.ServiceAccount) time.Time {
-	at, err := time.Parse(time.RFC3339, account.Annotations[impsync.AnnotationAttachedAt])
-	if err != nil {
-		return time.Time{}
-	}
-	return at
 }
 
 // evict has a Pod evicted for the sake of a Secret that its replacement will name, unless a budget holds it, or another Pod of

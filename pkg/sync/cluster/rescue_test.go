@@ -50,8 +50,8 @@ func TestReplacementHelps(t *testing.T) {
 		want    helps
 	}{
 		"it came before its ServiceAccount named the Secret": {pod: cannotPull(early, nil, registry), want: atOnce},
-		"it came so close that clocks cannot tell":           {pod: cannotPull(late.Add(clockSkew), nil, registry), want: atOnce},
-		"it came later, and does not name it all the same":   {pod: cannotPull(late.Add(clockSkew+time.Second), nil, registry), want: never},
+		"it came so close that clocks cannot tell":           {pod: cannotPull(late.Add(time.Minute), nil, registry), want: atOnce},
+		"it came later, and does not name it all the same":   {pod: cannotPull(late.Add(time.Minute+time.Second), nil, registry), want: never},
 		"it names the Secret: its back-off ends well":        {pod: cannotPull(early, []string{"pull"}, registry), want: notYet},
 		"its ServiceAccount does not name the Secret":        {pod: cannotPull(early, nil, registry), account: accountSince(late, "theirs"), want: notYet},
 		"it has what its ServiceAccount named before": {

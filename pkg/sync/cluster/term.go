@@ -230,9 +230,7 @@ func (c *Coordinator) renderedOf(s *corev1.Secret) renderedSecret {
 func imagesListWatch(c *Coordinator) cache.ListerWatcher {
 	return impsync.TypedListWatch(
 		func(ctx context.Context, options metav1.ListOptions) (*v1alpha1.ImagePullSecretList, error) {
-			list := &v1alpha1.ImagePullSecretList{}
-			err := c.images.Get().Resource(v1alpha1.Resource.Resource).VersionedParams(&options, metav1.ParameterCodec).Do(ctx).Into(list)
-			return list, err
+			return impsync.ListImages(ctx, c.images, options)
 		},
 		func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
 			options.Watch = true

@@ -1,0 +1,377 @@
+package cmd_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/dynamic"
+
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
+	impsync "github.com/imps-node/imps/pkg/sync"
+	"github.com/imps-node/imps/test/cluster/cluster"
+	"github.com/imps-node/imps/test/imps"
+)
+
+// explained is the JSON of `imps-node explain pod`, as people's programs see it.
+type explained struct {
+	Namespace, Pod, Node, ServiceAccount string
+	Containers                           []struct {
+		Name, Image, Repository, State, Cause, Why, Next, Error string
+		Resources                                               []struct {
+			Name, Cause, Holds, Selected, Secret, SecretState, AccountNames string
+			SelectedBy                                                      []string
+			PodNames                                                        bool
+			AttachedAt                                                      *time.Time
+		}
+	}
+	Unknown []string
+}
+
+// explain runs imps-node explain pod, as a user.
+func explain(t *testing.T, kubeconfig, pod string, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, err bytes.Buffer
+	command := exec.CommandContext(t.Context(), binary, append([]string{"explain", "pod", pod, "--kubeconfig=" + kubeconfig}, args...)...)
+	command.Stdout, command.Stderr = &out, &err
+	failure := command.Run()
+	if _, exited := errors.AsType[*exec.ExitError](failure); !exited {
+		require.NoError(t, failure)
+	}
+	requireSilent(t, out.String()+err.String())
+	return command.ProcessState.ExitCode(), out.String(), err.String()
+}
+
+func explainJSON(t *testing.T, kubeconfig, pod string, args ...string) explained {
+	t.Helper()
+	code, stdout, stderr := explain(t, kubeconfig, pod, append(args, "-o", "json")...)
+	require.Zero(t, code, stderr)
+	require.Empty(t, stderr)
+	var e explained
+	require.NoError(t, json.Unmarshal([]byte(stdout), &e), stdout)
+	return e
+}
+
+// resourceOf returns an ImagePullSecret as it is.
+func resourceOf(t *testing.T, name string) *v1alpha1.ImagePullSecret {
+	t.Helper()
+	c, err := dynamic.NewForConfig(control.Admin())
+	require.NoError(t, err)
+	object, err := c.Resource(v1alpha1.Resource).Get(t.Context(), name, metav1.GetOptions{})
+	require.NoError(t, err)
+	r := &v1alpha1.ImagePullSecret{}
+	require.NoError(t, runtime.DefaultUnstructuredConverter.FromUnstructured(object.Object, r))
+	return r
+}
+
+// puller is a Pod with one container, and what its kubelet says about it.
+type puller struct {
+	namespace      string
+	image          string
+	serviceAccount string
+	pullSecrets    []string
+	unbound        bool
+	// waiting is a reason and a message; empty: the container runs.
+	waiting, message string
+	// failed is the message of an Event of the kubelet, and since when that was.
+	failed string
+	ago    time.Duration
+}
+
+// create puts the Pod into the cluster.
+func (p puller) create(t *testing.T, name string) {
+	t.Helper()
+	core := client(t).CoreV1()
+	made := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+		Spec: corev1.PodSpec{
+			NodeName: "worker-1", ServiceAccountName: p.serviceAccount, AutomountServiceAccountToken: new(bool),
+			Containers: []corev1.Container{{Name: "app", Image: p.image}}, TerminationGracePeriodSeconds: new(int64),
+		},
+	}
+	if p.unbound {
+		made.Spec.NodeName = ""
+	}
+	for _, secret := range p.pullSecrets {
+		made.Spec.ImagePullSecrets = append(made.Spec.ImagePullSecrets, corev1.LocalObjectReference{Name: secret})
+	}
+	require.Eventually(t, func() bool { // until its ServiceAccount is there
+		created, err := core.Pods(p.namespace).Create(t.Context(), made, metav1.CreateOptions{})
+		if err == nil {
+			made = created
+		}
+		return err == nil
+	}, patience, pause)
+	if p.unbound {
+		return
+	}
+	state := map[string]any{"running": map[string]any{}}
+	if p.waiting != "" {
+		state = map[string]any{"waiting": map[string]any{"reason": p.waiting, "message": p.message}}
+	}
+	patch, err := json.Marshal(map[string]any{"status": map[string]any{"containerStatuses": []map[string]any{
+		{"name": "app", "image": p.image, "imageID": "", "ready": false, "restartCount": 0, "state": state},
+	}}})
+	require.NoError(t, err)
+	_, err = core.Pods(p.namespace).Patch(t.Context(), name, types.MergePatchType, patch, metav1.PatchOptions{}, "status")
+	require.NoError(t, err)
+	if p.failed == "" {
+		return
+	}
+	_, err = core.Events(p.namespace).Create(t.Context(), &corev1.Event{
+		ObjectMeta:     metav1.ObjectMeta{GenerateName: name + "."},
+		InvolvedObject: corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.namespace, Name: name, UID: made.UID},
+		Reason:         "Failed", Type: corev1.EventTypeWarning, Message: p.failed, LastTimestamp: metav1.NewTime(time.Now().Add(-p.ago)), Count: 1,
+	}, metav1.CreateOptions{})
+	require.NoError(t, err)
+}
+
+const (
+	// What kubelets say, with containerd.
+	unauthorized = `Failed to pull image "r.one/app": failed to resolve reference "r.one/app:latest": unexpected status from HEAD request to https://r.one/v2/app/manifests/latest: 401 Unauthorized`
+	notFound     = `Failed to pull image "r.one/app": rpc error: code = NotFound desc = failed to pull and unpack image "r.one/app:latest": r.one/app:latest: not found`
+	noSuchHost   = `Failed to pull image "r.one/app": failed to do request: Head "https://r.one/v2/app/manifests/latest": dial tcp: lookup r.one: no such host`
+	odd          = `Failed to pull image "r.one/app": failed to extract layer: no space left on device`
+	backOff      = `Back-off pulling image "r.one/app"`
+)
+
+// Each of these Pods does not pull, or does, for another reason, and that is what is said.
+func TestExplainFindsTheCause(t *testing.T) {
+	core := client(t).CoreV1()
+	team := cluster.Prefix(t)
+	labels := map[string]string{"team": team}
+	hub := source(t, corev1.SecretTypeDockerConfigJson, dockerConfig("r.one"))
+	credentials := `
+  registry: {credentials: [{name: ` + hub + `, namespace: registry-access}]}`
+	served, unselected, excluded, foreign, quota, claimed := control.Namespace(t, labels), control.Namespace(t, nil), control.Namespace(t, labels),
+		control.Namespace(t, labels), control.Namespace(t, labels), control.Namespace(t, labels)
+	_, err := core.Secrets(foreign).Create(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "imps-pull-secret"}}, metav1.CreateOptions{})
+	require.NoError(t, err)
+	_, err = core.ResourceQuotas(quota).Create(t.Context(), &corev1.ResourceQuota{
+		ObjectMeta: metav1.ObjectMeta{Name: "none"}, Spec: corev1.ResourceQuotaSpec{Hard: corev1.ResourceList{"count/secrets": {}}},
+	}, metav1.CreateOptions{})
+	require.NoError(t, err)
+	require.Eventually(t, func() bool {
+		q, err := core.ResourceQuotas(quota).Get(t.Context(), "none", metav1.GetOptions{})
+		return err == nil && len(q.Status.Hard) > 0
+	}, patience, pause)
+	for _, name := range []string{"attached", "resisting", "elder"} {
+		_, err := core.ServiceAccounts(served).Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
+		require.NoError(t, err)
+	}
+	early := puller{namespace: served, image: "r.one/app", serviceAccount: "attached", waiting: "ImagePullBackOff", message: backOff, failed: unauthorized}
+	early.create(t, "early")
+
+	resource(t, `{name: a-`+team+`}`, `
+  target: {secret: {name: imps-pull-secret}, namespaces: {names: [`+claimed+`]}}
+  registry: {credentials: [{name: `+source(t, corev1.SecretTypeDockerConfigJson, dockerConfig("r.two"))+`, namespace: registry-access}]}`)
+	resource(t, `{name: b-`+team+`}`, `
+  target:
+    secret: {name: imps-pull-secret}
+    namespaces: {labels: [{matchLabels: {team: `+team+`}}]}
+    serviceAccounts: {names: [attached, resisting, elder]}`+credentials)
+	resource(t, `{name: c-`+team+`}`, `
+  target: {secret: {name: imps-pull-secret}, namespaces: {names: [`+unselected+`-broken]}}
+  registry: {credentials: [{name: gone, namespace: registry-access}]}`)
+	broken := unselected + "-broken"
+	_, err = core.Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: broken}}, metav1.CreateOptions{})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = core.Namespaces().Delete(cleanupContext(t), broken, metav1.DeleteOptions{}) })
+
+	coordinator := start(t, "--duties=cluster", "--kubeconfig="+coordinatorKubeconfig(t), "--excluded-namespaces="+excluded)
+	require.Eventually(t, func() bool {
+		a, err := core.ServiceAccounts(served).Get(t.Context(), "elder", metav1.GetOptions{})
+		require.NoError(t, err)
+		_, err = core.Secrets(served).Get(t.Context(), "imps-pull-secret", metav1.GetOptions{})
+		return len(a.ImagePullSecrets) == 1 && err == nil && strings.Contains(resourceOf(t, "b-"+team).Status.Reason, "quota")
+	}, patience, pause)
+	require.Eventually(t, func() bool {
+		_, err := core.Secrets(claimed).Get(t.Context(), "imps-pull-secret", metav1.GetOptions{})
+		return err == nil
+	}, patience, pause)
+	coordinator.terminate(t)
+
+	// What a coordinator would mend.
+	annotate := func(account, patch string) {
+		_, err := core.ServiceAccounts(served).Patch(t.Context(), account, types.MergePatchType, []byte(patch), metav1.PatchOptions{})
+		require.NoError(t, err)
+	}
+	annotate("resisting", `{"imagePullSecrets":null}`)
+
+	fails := func(message string) puller {
+		return puller{namespace: served, image: "r.one/app", pullSecrets: []string{"imps-pull-secret"}, waiting: "ImagePullBackOff", message: backOff, failed: message}
+	}
+	in := func(namespace string) puller {
+		p := fails(unauthorized)
+		p.namespace = namespace
+		return p
+	}
+	with := func(change func(*puller)) puller {
+		p := fails(unauthorized)
+		change(&p)
+		return p
+	}
+	cases := map[string]struct {
+		puller
+		cause, why, next string
+	}{
+		"running":        {puller{namespace: served, image: "r.one/app"}, "Pulled", "the container has run", "nothing"},
+		"unscheduled":    {puller{namespace: served, image: "r.one/app", unbound: true}, "NotScheduled", "neither the Pod nor its ServiceAccount default names Secret imps-pull-secret", "kubectl describe pod"},
+		"creating":       {with(func(p *puller) { p.waiting, p.message, p.failed = "ContainerCreating", "", "" }), "Waiting", "no pull has failed so far", "kubectl describe pod"},
+		"no-image":       {with(func(p *puller) { p.image, p.waiting, p.failed = "r.one/APP", "InvalidImageName", "" }), "InvalidImage", "no image reference", "correct the image"},
+		"never":          {with(func(p *puller) { p.waiting, p.failed = "ErrImageNeverPull", "" }), "NeverPull", "imagePullPolicy is Never", "change imagePullPolicy"},
+		"unreachable":    {fails(noSuchHost), "RegistryUnreachable", "cannot reach the registry", "from the node to r.one"},
+		"unheard-of":     {with(func(p *puller) { p.image, p.failed = "r.three/app", "" }), "NoResource", "none of the 3 ImagePullSecrets has credentials for r.three/app", "add a source"},
+		"no-source":      {in(broken), "NotDelivering", "ImagePullSecret c-" + team + " may be meant", "kubectl describe imps c-" + team},
+		"unselected":     {in(unselected), "NotSelected", "no selector of its spec.target selects namespace " + unselected, "imps-node plan"},
+		"excluded":       {in(excluded), "Excluded", "which --excluded-namespaces excludes", "excludedNamespaces"},
+		"claimed":        {in(claimed), "OlderResource", "Secret imps-pull-secret is of ImagePullSecret a-" + team, "another spec.target.secret.name"},
+		"foreign":        {in(foreign), "ForeignSecret", "a Secret imps-pull-secret that is not imps's", "delete or rename it"},
+		"quota":          {in(quota), "SecretMissing", "the namespace's quota is exceeded", "kubectl describe imps b-" + team},
+		"unnamed":        {with(func(p *puller) { p.pullSecrets = nil }), "NotNamed", "neither the Pod nor its ServiceAccount default names Secret imps-pull-secret", "add imps-pull-secret to imagePullSecrets"},
+		"resisting":      {with(func(p *puller) { p.pullSecrets, p.serviceAccount = nil, "resisting" }), "NotAttached", "ServiceAccount resisting is to name Secret imps-pull-secret, and does not", "ServiceAccountsReady says why"},
+		"own":            {with(func(p *puller) { p.pullSecrets, p.serviceAccount = []string{"theirs"}, "attached" }), "OwnPullSecrets", "the Pod names pull Secrets of its own (theirs)", "add imps-pull-secret to imagePullSecrets"},
+		"back-off":       {with(func(p *puller) { p.ago = time.Hour }), "BackOff", "the last pull failed at", "wait: the kubelet tries again within five minutes"},
+		"refused":        {fails(unauthorized), "Refused", "the registry refuses the credentials in Secret imps-pull-secret", "try the credentials of its sources by hand"},
+		"no-such-image":  {fails(notFound), "ImageNotFound", "there is no such image", "check its name and tag"},
+		"something-else": {fails(odd), "PullFailed", "for another reason", "the kubelet's error says more"},
+	}
+	admin := control.Kubeconfig()
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			c.create(t, name)
+			e := explainJSON(t, admin, c.namespace+"/"+name, "--excluded-namespaces="+excluded)
+			require.Empty(t, e.Unknown)
+			require.Len(t, e.Containers, 1)
+			got := e.Containers[0]
+			require.Equal(t, c.cause, got.Cause, got.Why)
+			require.Contains(t, got.Why, c.why)
+			require.Contains(t, got.Next, c.next)
+			if c.failed != "" {
+				require.Equal(t, c.failed, got.Error, "the kubelet's last error")
+			}
+		})
+	}
+
+	t.Run("it came before its ServiceAccount named the Secret", func(t *testing.T) {
+		e := explainJSON(t, admin, served+"/early")
+		got := e.Containers[0]
+		require.Equal(t, "AttachedLate", got.Cause)
+		require.Contains(t, got.Why, "it came too early to get the name")
+		require.Contains(t, got.Next, "delete the Pod and make it anew: it has no controller that would")
+		r := got.Resources[0]
+		require.Equal(t, "b-"+team, r.Name, "what the cause is about comes first")
+		require.Equal(t, []string{"yes", "yes", "imps-pull-secret", "current", "yes"}, []string{r.Holds, r.Selected, r.Secret, r.SecretState, r.AccountNames})
+		require.Equal(t, []string{"label"}, r.SelectedBy)
+		require.False(t, r.PodNames)
+		require.WithinDuration(t, time.Now(), *r.AttachedAt, time.Minute)
+	})
+	t.Run("it came after, and something has taken the name out", func(t *testing.T) {
+		annotate("elder", `{"imagePullSecrets":null}`)
+		p := early
+		p.serviceAccount = "elder"
+		p.create(t, "late")
+		annotate("elder", `{"metadata":{"annotations":{"images.banzaicloud.io/attached-at":"2020-01-01T00:00:00Z"}},"imagePullSecrets":[{"name":"imps-pull-secret"}]}`)
+		got := explainJSON(t, admin, served+"/late").Containers[0]
+		require.Equal(t, "NameRemoved", got.Cause, got.Why)
+		require.Contains(t, got.Next, "mutatingwebhookconfigurations")
+	})
+	t.Run("people get a table", func(t *testing.T) {
+		code, stdout, stderr := explain(t, admin, served+"/early")
+		require.Zero(t, code, stderr)
+		require.Regexp(t, `(?m)^CONTAINER +IMAGE +STATE +CAUSE$`, stdout)
+		require.Regexp(t, `(?m)^app +r\.one/app +ImagePullBackOff +AttachedLate$`, stdout)
+		require.Regexp(t, `(?m)^  next: delete the Pod`, stdout)
+		require.Regexp(t, `(?m)^  the kubelet says, at \S+: Failed to pull image "r.one/app"`, stdout)
+		require.Regexp(t, `(?m)^  b-`+team+` +yes +label +imps-pull-secret +current +no +since \S+ +AttachedLate$`, stdout)
+		require.NotContains(t, stdout, "UNKNOWN")
+	})
+	t.Run("somebody who may see the namespace alone", func(t *testing.T) {
+		name := "developer-" + team
+		who := user(t, name)
+		role := metav1.ObjectMeta{Name: name}
+		_, err := client(t).RbacV1().Roles(served).Create(t.Context(), &rbacv1.Role{ObjectMeta: role, Rules: []rbacv1.PolicyRule{
+			{APIGroups: []string{""}, Resources: []string{"pods", "secrets", "serviceaccounts", "events"}, Verbs: []string{"get", "list"}},
+		}}, metav1.CreateOptions{})
+		require.NoError(t, err)
+		_, err = client(t).RbacV1().RoleBindings(served).Create(t.Context(), &rbacv1.RoleBinding{
+			ObjectMeta: role, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: name},
+			Subjects: []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: name}},
+		}, metav1.CreateOptions{})
+		require.NoError(t, err)
+		e := explainJSON(t, who, served+"/early")
+		require.Equal(t, "AttachedLate", e.Containers[0].Cause)
+		require.Equal(t, "b-"+team, e.Containers[0].Resources[0].Name, "the Secret's owner reference tells")
+		require.Equal(t, "unknown", e.Containers[0].Resources[0].Selected)
+		require.Len(t, e.Unknown, 2)
+		require.Contains(t, e.Unknown[0], "cannot get Namespace "+served)
+		require.Contains(t, e.Unknown[1], "cannot list ImagePullSecrets: forbidden; only those are known")
+		require.Equal(t, "Unknown", explainJSON(t, who, served+"/unnamed").Containers[0].Cause)
+	})
+	t.Run("somebody who may see the Pod alone", func(t *testing.T) {
+		who := user(t, "pods-"+team, rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}})
+		e := explainJSON(t, who, served+"/refused")
+		require.Equal(t, "Unknown", e.Containers[0].Cause)
+		require.Equal(t, "ask somebody who may see what is unknown", e.Containers[0].Next)
+		require.Len(t, e.Unknown, 5)
+	})
+	t.Run("a token that has expired", func(t *testing.T) {
+		object := resourceOf(t, "b-"+team)
+		secrets := core.Secrets(imps.RenderedNamespace)
+		s, err := secrets.Get(t.Context(), impsync.RenderedName(object.UID), metav1.GetOptions{})
+		require.NoError(t, err)
+		rendered, err := impsync.DecodeRendered(s, impsync.FormatVersions())
+		require.NoError(t, err)
+		rendered.Expiries = map[string]time.Time{"r.one": time.Now().Add(-time.Minute)}
+		s.Data, err = impsync.EncodeRendered(rendered)
+		require.NoError(t, err)
+		_, err = secrets.Update(t.Context(), s, metav1.UpdateOptions{})
+		require.NoError(t, err)
+		got := explainJSON(t, admin, served+"/refused").Containers[0]
+		require.Equal(t, "TokenExpired", got.Cause)
+		require.Contains(t, got.Why, "have expired at")
+	})
+	t.Run("a Secret that somebody has changed", func(t *testing.T) {
+		_, err := core.Secrets(served).Patch(t.Context(), "imps-pull-secret", types.MergePatchType, []byte(`{"data":{".dockerconfigjson":"e30="}}`), metav1.PatchOptions{})
+		require.NoError(t, err)
+		got := explainJSON(t, admin, served+"/refused").Containers[0]
+		require.Equal(t, "SecretStale", got.Cause)
+	})
+}
+
+func TestExplainSaysWhatIsWrongWithTheQuestion(t *testing.T) {
+	code, stdout, stderr := explain(t, control.Kubeconfig(), "default/nobody")
+	require.Equal(t, 1, code)
+	require.Empty(t, stdout)
+	require.Equal(t, `imps-node: explain Pod default/nobody: pods "nobody" not found`+"\n", stderr)
+	for _, arg := range []string{"web", "a/b/c", "/web", "shop/"} {
+		code, _, stderr = explain(t, control.Kubeconfig(), arg)
+		require.Equal(t, 1, code)
+		require.Contains(t, stderr, `"`+arg+`" names no Pod: give it as NAMESPACE/NAME`)
+	}
+}
+
+// A shell completes the Pods of the cluster.
+func TestShellsCompletePods(t *testing.T) {
+	namespace := control.Namespace(t, nil)
+	puller{namespace: namespace, image: "r.one/app"}.create(t, "web-1")
+	puller{namespace: namespace, image: "r.one/app"}.create(t, "db-1")
+	for begun, want := range map[string]string{
+		namespace + "/w": namespace + "/web-1\n:4\n", namespace[:len(namespace)-1]: namespace + "/db-1\n" + namespace + "/web-1\n:4\n",
+	} {
+		command := exec.CommandContext(t.Context(), binary, "__complete", "explain", "pod", "--kubeconfig="+control.Kubeconfig(), begun)
+		out, err := command.Output()
+		require.NoError(t, err)
+		require.Equal(t, want, string(out))
+	}
+}
