@@ -53,8 +53,8 @@ kubelet's last error, and what to do next. It follows the way that credentials t
   itself or by its ServiceAccount, which named it before the Pod was made; the registry takes the credentials
 
 It only reads, with your own rights, and says what you may not see. Credentials are never shown. All is known
-to whoever may get the Pod, its ServiceAccount and Namespace, get Secrets in its namespace and in that of the
-rendered Secrets, and list Events and Pods in its namespace, and ImagePullSecrets.
+to whoever may get the Pod, its controller, ServiceAccount and Namespace, get Secrets in its namespace and in
+that of the rendered Secrets, and list Events and Pods in its namespace, and ImagePullSecrets.
 
 Exit codes: 0 it is explained, 1 an error.`,
 		Example: `  imps-node explain pod shop/web-7d4b9c-x2x5z

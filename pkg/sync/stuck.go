@@ -3,13 +3,14 @@ package sync
 import (
 	"cmp"
 	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// StuckPod is a Pod that an image is missing of, as its pull fails.
+// StuckPod is a Pod that waits for an image which its node may not pull.
 type StuckPod struct {
 	Namespace string    `json:"namespace"`
 	Name      string    `json:"name"`
@@ -20,35 +21,26 @@ func (p StuckPod) compare(other StuckPod) int {
 	return cmp.Or(cmp.Compare(p.Namespace, other.Namespace), cmp.Compare(p.Name, other.Name), cmp.Compare(p.UID, other.UID))
 }
 
-// FailedPull is a container whose image the kubelet could not pull, and tries to pull again.
-type FailedPull struct {
-	// Image is what the Pod's spec says.
-	Image string
-	// Message is the kubelet's own.
-	Message string
-}
-
-// FailedPulls returns what keeps a Pod in ErrImagePull or ImagePullBackOff, by container; none where it is going.
-//
-// The reasons are the kubelet's (pkg/kubelet/images/types.go).
-func FailedPulls(p *corev1.Pod) map[string]FailedPull {
+// RefusedImages returns the images that keep a Pod in ErrImagePull or ImagePullBackOff, as far as credentials may be what is
+// missing, sorted; none where the Pod is going. The reasons are the kubelet's (pkg/kubelet/images/types.go).
+func RefusedImages(p *corev1.Pod) (images []string) {
 	if p.DeletionTimestamp != nil || p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed {
 		return nil
 	}
-	var failed map[string]FailedPull
 	for _, statuses := range [][]corev1.ContainerStatus{p.Status.InitContainerStatuses, p.Status.ContainerStatuses} {
 		for i := range statuses {
 			waiting := statuses[i].State.Waiting
 			if waiting == nil || waiting.Reason != "ErrImagePull" && waiting.Reason != "ImagePullBackOff" {
 				continue
 			}
-			if failed == nil {
-				failed = map[string]FailedPull{}
+			image := imageOf(p, statuses[i].Name)
+			if failure := PullFailureOf(image, waiting.Message); failure == PullRefused || failure == PullNotFound {
+				images = append(images, image)
 			}
-			failed[statuses[i].Name] = FailedPull{Image: imageOf(p, statuses[i].Name), Message: waiting.Message}
 		}
 	}
-	return failed
+	slices.Sort(images)
+	return slices.Compact(images)
 }
 
 // imageOf is the image of a container in a Pod's spec: that in its status is what the runtime calls it.
@@ -61,6 +53,39 @@ func imageOf(p *corev1.Pod, container string) string {
 	return ""
 }
 
+// PullFailure is why a pull failed.
+type PullFailure uint8
+
+const (
+	// PullOther is something else, or nothing that is known.
+	PullOther PullFailure = iota
+	// PullRefused is where the registry refuses the credentials, or asks for some.
+	PullRefused
+	// PullNotFound is where the registry says that there is no such image, as some do to whoever has no right to it.
+	PullNotFound
+	// PullUnreachable is where the registry cannot be reached, or is not trusted.
+	PullUnreachable
+)
+
+// PullFailureOf sorts what a kubelet says about the pull of an image, in the words of containerd, CRI-O and registries.
+func PullFailureOf(image, message string) PullFailure {
+	message = strings.ToLower(strings.ReplaceAll(message, image, ""))
+	has := func(words ...string) bool {
+		return slices.ContainsFunc(words, func(word string) bool { return strings.Contains(message, word) })
+	}
+	switch {
+	case has("no such host", "i/o timeout", "connection refused", "connection reset", "no route to host", "network is unreachable",
+		"tls: ", "x509: ", "deadline exceeded", "502 bad gateway", "503 service unavailable", "504 gateway timeout"):
+		return PullUnreachable
+	case has("unauthorized", "forbidden", "denied", "authorization failed", "authentication required", "no basic auth credentials"):
+		return PullRefused
+	case has("not found", "manifest unknown", "name unknown", "does not exist"):
+		return PullNotFound
+	default:
+		return PullOther
+	}
+}
+
 // PullSecrets returns the names in an imagePullSecrets, in its order.
 func PullSecrets(refs []corev1.LocalObjectReference) (names []string) {
 	for _, ref := range refs {
@@ -70,7 +95,7 @@ func PullSecrets(refs []corev1.LocalObjectReference) (names []string) {
 }
 
 // clockSkew is by how much the API server's clock, which a Pod's creation time is of, may be ahead of the coordinator's.
-const clockSkew = time.Minute
+const clockSkew = 5 * time.Minute
 
 // AttachedAt is when imps last had a ServiceAccount name a Secret; zero where it has not.
 func AttachedAt(a *corev1.ServiceAccount) time.Time {
@@ -83,12 +108,6 @@ func AttachedAt(a *corev1.ServiceAccount) time.Time {
 
 // CameTooEarly reports whether a Pod may have been admitted before its ServiceAccount named what it names now.
 func CameTooEarly(p *corev1.Pod, a *corev1.ServiceAccount) bool {
-	return !p.CreationTimestamp.After(AttachedAt(a).Add(clockSkew))
-}
-
-// HasOwnPullSecrets reports whether a Pod names a Secret that its ServiceAccount does not. Then it was given a list of its own,
-// and gets none of the ServiceAccount's (plugin/pkg/admission/serviceaccount/admission.go).
-func HasOwnPullSecrets(p *corev1.Pod, a *corev1.ServiceAccount) bool {
-	account := PullSecrets(a.ImagePullSecrets)
-	return slices.ContainsFunc(p.Spec.ImagePullSecrets, func(ref corev1.LocalObjectReference) bool { return !slices.Contains(account, ref.Name) })
+	at := AttachedAt(a)
+	return at.IsZero() || !p.CreationTimestamp.After(at.Add(clockSkew))
 }

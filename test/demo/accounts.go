@@ -138,12 +138,12 @@ func (d *demo) explain(ctx context.Context, pod corev1.Pod) error {
 		return err
 	}
 	name := pod.Namespace + "/" + pod.Name
-	out, err := exec.CommandContext(ctx, d.binary, "explain", "pod", name, "--kubeconfig", d.control.Kubeconfig()).Output()
+	out, err := exec.CommandContext(ctx, d.binary, "explain", "pod", name, "--kubeconfig", d.control.Kubeconfig()).Output() //nolint:gosec // the binary that was just built
 	if err != nil {
 		return fmt.Errorf("imps-node explain: %w", err)
 	}
 	d.note("Namespace %s has a Pod that came before the resource. No kubelet runs here: the demo has written the status that one would.", pod.Namespace)
-	d.say("\n   $ imps-node explain pod %s\n\n   %s", name, strings.ReplaceAll(strings.TrimSpace(string(out)), "\n", "\n   "))
+	d.say("\n   $ imps-node explain pod %s\n\n   %s", name, strings.ReplaceAll(strings.ReplaceAll(strings.TrimSpace(string(out)), "\n", "\n   "), "\n   \n", "\n\n"))
 	d.check("imps-node explain says what keeps a Pod from pulling that came too early", true, strings.Contains(string(out), "AttachedLate"))
 	return nil
 }

@@ -195,8 +195,12 @@ func TestDeploymentsThatComeWithTheirNamespaces(t *testing.T) {
 	s.source("hub", dockerConfig("registry.one"))
 	s.coordinator(allowRescue)
 	s.agent("node-a")
+	early := s.namespace(map[string]string{s.prefix: "x"}, nil) // one at least that comes too early
+	s.account(early, "other", nil)
+	s.cannotPull(s.deploy(early, 1)[0])
+	late := []string{early}
 	s.resource(s.prefix, attachTo(s.prefix, `{names: [default]}`+"\n  rescue: true"))
-	s.ready(s.prefix, 0)
+	s.ready(s.prefix, 1)
 	var namespaces []string
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -208,7 +212,6 @@ func TestDeploymentsThatComeWithTheirNamespaces(t *testing.T) {
 		<-tick.C
 	}
 	named := 0
-	var late []string
 	for _, namespace := range namespaces {
 		var pods *corev1.PodList
 		s.eventually(func() (err error) {

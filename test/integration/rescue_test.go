@@ -4,11 +4,13 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -40,13 +42,17 @@ func (s *system) deploy(namespace string, replicas int, change ...func(*corev1.P
 	}
 	_, err := s.core.AppsV1().Deployments(namespace).Create(s.t.Context(), d, metav1.CreateOptions{})
 	require.NoError(s.t, err)
-	var pods []corev1.Pod
+	return s.awaitPods(namespace, replicas)
+}
+
+func (s *system) awaitPods(namespace string, n int) (pods []corev1.Pod) {
+	s.t.Helper()
 	s.eventually(func() error {
-		if pods = s.alive(namespace); len(pods) != replicas {
+		if pods = s.alive(namespace); len(pods) != n {
 			return fmt.Errorf("it has %d", len(pods))
 		}
 		return nil
-	}, "a Deployment does not have its Pods")
+	}, "a controller does not have its Pods")
 	return pods
 }
 
@@ -64,13 +70,14 @@ func (s *system) alive(namespace string) []corev1.Pod {
 	return slices.DeleteFunc(pods.Items, func(p corev1.Pod) bool { return p.DeletionTimestamp != nil })
 }
 
-// cannotPull gives a Pod the status that its kubelet would.
-func (s *system) cannotPull(pod corev1.Pod) {
+// cannotPull gives a Pod the status that its kubelet would, whom the registry has told what.
+func (s *system) cannotPull(pod corev1.Pod, told ...string) {
 	s.t.Helper()
+	told = append(told, "401 Unauthorized")
 	main := pod.Spec.Containers[0]
 	_, err := s.core.CoreV1().Pods(pod.Namespace).Patch(s.t.Context(), pod.Name, types.MergePatchType, []byte(`{"status":{"phase":"Pending","containerStatuses":[
 		{"name":"`+main.Name+`","image":"`+main.Image+`","imageID":"","ready":false,"restartCount":0,
-		 "state":{"waiting":{"reason":"ImagePullBackOff","message":"Back-off pulling image"}}}]}}`), metav1.PatchOptions{}, "status")
+		 "state":{"waiting":{"reason":"ImagePullBackOff","message":"Back-off pulling image: ErrImagePull: `+told[0]+`"}}}]}}`), metav1.PatchOptions{}, "status")
 	require.NoError(s.t, err)
 }
 
@@ -91,7 +98,7 @@ func (s *system) replaced(namespace string, n int) {
 	}, "not so many Pods were replaced")
 }
 
-// evictions are the requests for evictions.
+// evictions are the Pods whose eviction was asked for.
 func (s *system) evictions(mark cluster.Mark) (pods []string) {
 	s.t.Helper()
 	for _, e := range s.requests(mark, "coordinator") {
@@ -99,7 +106,8 @@ func (s *system) evictions(mark cluster.Mark) (pods []string) {
 			pods = append(pods, e.Namespace+"/"+e.Name)
 		}
 	}
-	return pods
+	slices.Sort(pods)
+	return slices.Compact(pods) // the first of each is a dry run
 }
 
 // told waits for an Event about an object of a namespace.
@@ -212,43 +220,89 @@ func TestPodsThatAreNotRescued(t *testing.T) {
 	}
 	stuck := map[string]corev1.Pod{
 		"it names the Secret":              s.deploy(create("named"), 1, names(secretName))[0],
-		"it has another one of its own":    s.deploy(create("own"), 1, names("theirs"))[0],
 		"its image is of another registry": s.deploy(create("elsewhere"), 1, image("registry.two/app"))[0],
+		"its registry was away":            s.deploy(create("away"), 1)[0],
+		"its template has one of its own":  s.deploy(create("own"), 1, names("theirs"))[0],
 		"its ServiceAccount does not name it": s.deploy(create("account"), 1,
 			func(p *corev1.PodSpec) { p.ServiceAccountName = "other" })[0],
-		"nobody would make it anew":  *s.podOf(create("bare"), image("registry.one/app")),
-		"its namespace gets nothing": s.deploy(create("unselected"), 1)[0],
+		"nobody would make it anew":           *s.podOf(create("bare"), nil),
+		"nobody is known to make it anew":     *s.podOf(create("odd"), &metav1.OwnerReference{APIVersion: "v1", Kind: "ConfigMap", Name: "kube-root-ca.crt"}),
+		"its Job would fail for good with it": s.job(create("job"), 0),
+		"its namespace gets nothing":          s.deploy(create("unselected"), 1)[0],
 	}
-	for _, pod := range stuck {
-		s.cannotPull(pod)
+	// The ServiceAccount has the template's, too, so that the Pod alone does not tell whose list it has.
+	s.patchAccount(namespaces["own"], "default", types.MergePatchType, `{"imagePullSecrets":[{"name":"theirs"}]}`)
+	again := s.job(create("again"), 1)
+	s.cannotPull(stuck["its registry was away"], "503 Service Unavailable")
+	for name, pod := range stuck {
+		if name != "its registry was away" {
+			s.cannotPull(pod)
+		}
 	}
 	barrier := s.namespace(nil, nil)
 	waits := s.deploy(barrier, 1)[0]
-	s.resource(s.prefix, rescuing(fmt.Sprintf("%s, %s, %s, %s, %s, %s", namespaces["named"], namespaces["own"], namespaces["elsewhere"], namespaces["account"], namespaces["bare"], barrier)))
-	s.ready(s.prefix, 6)
-	for _, name := range []string{"it has another one of its own", "its ServiceAccount does not name it", "nobody would make it anew"} {
-		s.looked(mark, stuck[name], 1)
+	selected := []string{barrier}
+	for name, namespace := range namespaces {
+		if name != "unselected" {
+			selected = append(selected, namespace)
+		}
+	}
+	s.resource(s.prefix, rescuing(strings.Join(selected, ", ")))
+	s.ready(s.prefix, len(selected))
+	silent := []string{"it names the Secret", "its image is of another registry", "its registry was away"}
+	for name, pod := range stuck {
+		if !slices.Contains(silent, name) && name != "its namespace gets nothing" {
+			s.looked(mark, pod, 1)
+		}
 	}
 	s.cannotPull(waits)
 	s.replaced(barrier, 1)
+	s.cannotPull(again)
+	s.eventually(func() error { // the Job waits a while before it makes the next
+		if n := len(s.alive(again.Namespace)); n > 0 {
+			return fmt.Errorf("%d Pods of %s", n, again.Namespace)
+		}
+		return nil
+	}, "the Pod of a Job with a retry left is not evicted")
 	s.calm()
-	require.Equal(t, []string{barrier + "/" + waits.Name}, s.evictions(mark))
+	want := []string{barrier + "/" + waits.Name, again.Namespace + "/" + again.Name}
+	slices.Sort(want)
+	require.Equal(t, want, s.evictions(mark))
 	report := s.reportOf("node-a")
-	for _, pod := range []corev1.Pod{stuck["it names the Secret"], stuck["its image is of another registry"]} {
+	for _, name := range silent {
 		for _, reported := range report.Stuck {
-			require.NotEqual(t, pod.UID, reported.UID, "it is not even reported")
+			require.NotEqual(t, stuck[name].UID, reported.UID, "%s: it is not even reported", name)
 		}
 	}
 }
 
-// podOf creates a Pod of no controller on node-a.
-func (s *system) podOf(namespace string, change func(*corev1.PodSpec)) *corev1.Pod {
+// job creates a Job whose one Pod is bound to node-a, and returns that.
+func (s *system) job(namespace string, backoffLimit int32) corev1.Pod {
 	s.t.Helper()
-	d := deploymentOn("node-a")
-	change(&d.Spec.Template.Spec)
-	pod, err := s.core.CoreV1().Pods(namespace).Create(s.t.Context(), &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: "bare"}, Spec: d.Spec.Template.Spec,
+	template := deploymentOn("node-a").Spec.Template
+	template.Spec.RestartPolicy = corev1.RestartPolicyNever
+	_, err := s.core.BatchV1().Jobs(namespace).Create(s.t.Context(), &batchv1.Job{
+		ObjectMeta: metav1.ObjectMeta{Name: "job"}, Spec: batchv1.JobSpec{BackoffLimit: &backoffLimit, Template: template},
 	}, metav1.CreateOptions{})
+	require.NoError(s.t, err)
+	return s.awaitPods(namespace, 1)[0]
+}
+
+// podOf creates a Pod on node-a, which says that it has this controller.
+func (s *system) podOf(namespace string, owner *metav1.OwnerReference) *corev1.Pod {
+	s.t.Helper()
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "single"}, Spec: deploymentOn("node-a").Spec.Template.Spec}
+	if owner != nil {
+		yes := true
+		var config *corev1.ConfigMap
+		s.eventually(func() (err error) {
+			config, err = s.core.CoreV1().ConfigMaps(namespace).Get(s.t.Context(), owner.Name, metav1.GetOptions{})
+			return err
+		}, "the owner is not there")
+		owner.UID, owner.Controller = config.UID, &yes
+		pod.OwnerReferences = []metav1.OwnerReference{*owner}
+	}
+	pod, err := s.core.CoreV1().Pods(namespace).Create(s.t.Context(), pod, metav1.CreateOptions{})
 	require.NoError(s.t, err)
 	return pod
 }

@@ -178,23 +178,21 @@ func host(repository string) string {
 	return host
 }
 
-// failureOf sorts the kubelet's last error about an image by what the registry, or the way to it, has said.
+// failureOf is why the pull of a container's image failed last.
 func failureOf(c *Container) Cause {
-	message := strings.ToLower(strings.ReplaceAll(c.Error, c.Image, ""))
-	has := func(words ...string) bool {
-		return slices.ContainsFunc(words, func(word string) bool { return strings.Contains(message, word) })
-	}
-	switch {
-	case c.State == "RegistryUnavailable", has("no such host", "i/o timeout", "connection refused", "connection reset", "no route to host",
-		"network is unreachable", "tls: ", "x509: ", "deadline exceeded", "502 bad gateway", "503 service unavailable", "504 gateway timeout"):
+	if c.State == "RegistryUnavailable" {
 		return CauseUnreachable
-	case has("unauthorized", "forbidden", "denied", "authorization failed", "authentication required", "no basic auth credentials"):
-		return CauseRefused
-	case has("not found", "manifest unknown", "name unknown", "does not exist"):
-		return CauseImageNotFound
-	default:
-		return CausePullFailed
 	}
+	switch impsync.PullFailureOf(c.Image, c.Error) {
+	case impsync.PullRefused:
+		return CauseRefused
+	case impsync.PullNotFound:
+		return CauseImageNotFound
+	case impsync.PullUnreachable:
+		return CauseUnreachable
+	case impsync.PullOther:
+	}
+	return CausePullFailed
 }
 
 // resourcesFor returns the resources that have credentials for an image, or may have, that which got furthest first.
@@ -373,7 +371,7 @@ func (j *judge) way(r *v1alpha1.ImagePullSecret, found *Resource, deliversNothin
 	if !found.PodNames {
 		return j.notNamed(r, found)
 	}
-	return j.pulls(r, found, s, c, failing, describe)
+	return j.pulls(found, s, c, failing, describe)
 }
 
 // notNamed is the verdict where the Pod does not name the Secret.
@@ -383,7 +381,7 @@ func (j *judge) notNamed(r *v1alpha1.ImagePullSecret, found *Resource) verdict {
 		return verdict{CauseNotNamed, "the Pod does not name Secret " + found.Secret + ", and whether its " + account + " does by now is unknown", own}
 	}
 	switch names := impsync.PullSecrets(j.pod.Spec.ImagePullSecrets); {
-	case impsync.HasOwnPullSecrets(j.pod, j.account):
+	case j.hasOwnPullSecrets():
 		return verdict{CauseOwnPullSecrets, fmt.Sprintf("the Pod names pull Secrets of its own (%s), and so gets none of its ServiceAccount's; %s is not among them", strings.Join(names, ", "), found.Secret), own}
 	case found.AccountNames == No:
 		if accounts, _ := impsync.CompileAccounts(r.Spec.Target.ServiceAccounts); accounts != nil && accounts.Matches(j.account.Name, j.account.Labels) {
@@ -402,10 +400,20 @@ func (j *judge) notNamed(r *v1alpha1.ImagePullSecret, found *Resource) verdict {
 	}
 }
 
+// hasOwnPullSecrets reports whether the Pod was given a list of its own, and so gets none of its ServiceAccount's
+// (plugin/pkg/admission/serviceaccount/admission.go).
+func (j *judge) hasOwnPullSecrets() bool {
+	if j.template != nil {
+		return len(j.template.ImagePullSecrets) > 0
+	}
+	account := impsync.PullSecrets(j.account.ImagePullSecrets)
+	return slices.ContainsFunc(j.pod.Spec.ImagePullSecrets, func(ref corev1.LocalObjectReference) bool { return !slices.Contains(account, ref.Name) })
+}
+
 // remake says how the Pod is made anew.
 func (j *judge) remake(r *v1alpha1.ImagePullSecret) string {
 	owner := metav1.GetControllerOf(j.pod)
-	if owner == nil || owner.Kind == "Node" {
+	if owner == nil || j.template == nil && j.seesTemplate {
 		return "delete the Pod and make it anew: it has no controller that would"
 	}
 	next := fmt.Sprintf("kubectl delete pod -n %s %s: %s %s makes it anew", j.pod.Namespace, j.pod.Name, owner.Kind, owner.Name)
@@ -416,7 +424,7 @@ func (j *judge) remake(r *v1alpha1.ImagePullSecret) string {
 }
 
 // pulls is the verdict where all is in its place.
-func (j *judge) pulls(r *v1alpha1.ImagePullSecret, found *Resource, s *secret, c *Container, failing bool, describe string) verdict {
+func (j *judge) pulls(found *Resource, s *secret, c *Container, failing bool, describe string) verdict {
 	switch {
 	case found.Expires != nil && !j.now.Before(*found.Expires):
 		return verdict{CauseExpired, "its credentials for the image have expired at " + clock(*found.Expires) + ", and were not renewed", describe + ": SourcesReady tells why"}

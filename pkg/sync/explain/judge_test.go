@@ -9,32 +9,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// The messages are those of kubelets with containerd and CRI-O.
-func TestWhatARegistryHasSaid(t *testing.T) {
-	t.Parallel()
-	for message, want := range map[string]Cause{
-		`failed to resolve reference "r.one/app:1": pull access denied, repository does not exist or may require authorization: server message: insufficient_scope: authorization failed`: CauseRefused,
-		`unexpected status from HEAD request to https://r.one/v2/app/manifests/1: 401 Unauthorized`:                                                                                       CauseRefused,
-		`failed to authorize: failed to fetch anonymous token: unexpected status from GET request to https://r.one/token: 403 Forbidden`:                                                  CauseRefused,
-		`reading manifest 1 in r.one/app: unauthorized: authentication required`:                                                                                                          CauseRefused,
-		`no basic auth credentials`: CauseRefused,
-		`rpc error: code = NotFound desc = failed to pull and unpack image "r.one/app:1": failed to resolve reference "r.one/app:1": r.one/app:1: not found`: CauseImageNotFound,
-		`reading manifest 1 in r.one/app: manifest unknown`:                                                                                 CauseImageNotFound,
-		`dial tcp: lookup r.one on 10.0.0.10:53: no such host`:                                                                              CauseUnreachable,
-		`dial tcp 192.0.2.1:443: i/o timeout`:                                                                                               CauseUnreachable,
-		`dial tcp 192.0.2.1:443: connect: connection refused`:                                                                               CauseUnreachable,
-		`tls: failed to verify certificate: x509: certificate signed by unknown authority`:                                                  CauseUnreachable,
-		`unexpected status from HEAD request to https://r.one/v2/app/manifests/1: 503 Service Unavailable`:                                  CauseUnreachable,
-		`unexpected status from HEAD request to https://r.one/v2/app/manifests/1: 429 Too Many Requests: toomanyrequests: You have reached`: CausePullFailed,
-		`failed to extract layer: no space left on device`:                                                                                  CausePullFailed,
-		`Back-off pulling image "r.one/denied"`:                                                                                             CausePullFailed,
-		``:                                                                                                                                  CausePullFailed,
-	} {
-		require.Equal(t, want, failureOf(&Container{State: "ImagePullBackOff", Image: "r.one/denied", Error: message}), message)
-	}
-	require.Equal(t, CauseUnreachable, failureOf(&Container{State: "RegistryUnavailable"}))
-}
-
 // A cluster without imps is told so, where a pull has failed.
 func TestAClusterWithoutImps(t *testing.T) {
 	t.Parallel()

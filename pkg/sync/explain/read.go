@@ -22,6 +22,9 @@ import (
 // facts are what the caller may see of everything that matters to a Pod.
 type facts struct {
 	pod *corev1.Pod
+	// template is what its controller would make it anew from, nil where that is not known; seesTemplate: there is none.
+	template     *corev1.PodSpec
+	seesTemplate bool
 	// account is nil where the caller may not see it.
 	account *corev1.ServiceAccount
 	// namespace is nil where the caller may not see it.
@@ -130,6 +133,10 @@ func (r *reader) readSurroundings(ctx context.Context) error {
 	}
 	if may {
 		f.account = account
+	}
+	f.template, err = impsync.TemplateOf(ctx, r.core.RESTClient(), f.pod)
+	if f.seesTemplate, err = r.may(err, "get the Pod's controller", "whether its template names pull Secrets of its own is unknown"); err != nil {
+		return err
 	}
 	events, err := r.core.Events(f.pod.Namespace).List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.uid=" + string(f.pod.UID)})
 	may, err = r.may(err, "list Events in "+f.pod.Namespace, "when a pull failed, and perhaps why, is unknown")

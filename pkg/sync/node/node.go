@@ -101,8 +101,8 @@ type pod struct {
 	labels, annotations map[string]string
 	// waiting: it has a container whose image may still have to be pulled.
 	waiting bool
-	// failing are images of it that cannot be pulled, and pullSecrets what it names then.
-	failing, pullSecrets []string
+	// refused are images of it that it may not pull, and pullSecrets what it names then.
+	refused, pullSecrets []string
 }
 
 // renderedSecret is what is kept of a rendered Secret.
@@ -281,12 +281,8 @@ func (a *Agent) Run(ctx context.Context) error {
 
 func convertPod(o runtime.Object) pod {
 	p := o.(*corev1.Pod)
-	kept := pod{uid: p.UID, labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p)}
-	for _, failed := range impsync.FailedPulls(p) {
-		kept.failing = append(kept.failing, failed.Image)
-	}
-	if len(kept.failing) > 0 {
-		slices.Sort(kept.failing)
+	kept := pod{uid: p.UID, labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p), refused: impsync.RefusedImages(p)}
+	if len(kept.refused) > 0 {
 		kept.pullSecrets = impsync.PullSecrets(p.Spec.ImagePullSecrets)
 	}
 	return kept
@@ -347,7 +343,7 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 	if waits && !waited || current != nil && relabelled && a.namespaces[key.Namespace] != nil {
 		a.queue.Add(key.Namespace) // by any Pod's labels a namespace is selected for all
 	}
-	if relabelled || !slices.Equal(old.failing, current.failing) {
+	if relabelled || !slices.Equal(old.refused, current.refused) {
 		a.dirty()
 	}
 }

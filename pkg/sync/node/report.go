@@ -142,7 +142,7 @@ func (a *Agent) currentReport() impsync.Report {
 // wouldHelp reports whether the Pod is stuck on a pull that the Secret has credentials for, and does not name it. Whoever names
 // it is helped by the kubelet, which reads it at each try.
 func (s *selecting) wouldHelp(p pod) bool {
-	return !slices.Contains(p.pullSecrets, s.Target.Name()) && slices.ContainsFunc(p.failing, s.credentials.Serves)
+	return !slices.Contains(p.pullSecrets, s.Target.Name()) && slices.ContainsFunc(p.refused, s.credentials.Serves)
 }
 
 // keepDemand adds what the last report demands for these resources, as far as there still

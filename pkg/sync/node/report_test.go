@@ -196,24 +196,24 @@ func TestOfWhatItCannotReadTheDemandStaysThatWasReportedLast(t *testing.T) {
 func TestStuckPodsInTheReport(t *testing.T) {
 	t.Parallel()
 	const rescuing = `{secret: {name: pull}, namespaces: {names: [n]}, rescue: true}`
-	failing := []string{"r.io/app"}
+	refused := []string{"r.io/app"}
 	tests := map[string]struct {
 		target string
 		pod    pod
 		in     string
 		want   bool
 	}{
-		"it cannot pull, and does not name the Secret": {pod: pod{failing: failing}, want: true},
-		"it names another Secret":                      {pod: pod{failing: failing, pullSecrets: []string{"theirs"}}, want: true},
+		"it cannot pull, and does not name the Secret": {pod: pod{refused: refused}, want: true},
+		"it names another Secret":                      {pod: pod{refused: refused, pullSecrets: []string{"theirs"}}, want: true},
 		"one of two images is of a registry that the Secret has": {
-			pod: pod{failing: []string{"other.io/app", "r.io/app"}}, want: true,
+			pod: pod{refused: []string{"other.io/app", "r.io/app"}}, want: true,
 		},
-		"it names the Secret: the kubelet tries again with it": {pod: pod{failing: failing, pullSecrets: []string{"theirs", "pull"}}},
+		"it names the Secret: the kubelet tries again with it": {pod: pod{refused: refused, pullSecrets: []string{"theirs", "pull"}}},
 		"nothing of it fails":                {pod: pod{waiting: true}},
-		"the image is of another registry":   {pod: pod{failing: []string{"other.io/app"}}},
-		"the image is none":                  {pod: pod{failing: []string{"r.io/UPPER"}}},
-		"the namespace is excluded":          {pod: pod{failing: failing}, in: "kube-system"},
-		"the resource does not ask for that": {target: everywhere, pod: pod{failing: failing}},
+		"the image is of another registry":   {pod: pod{refused: []string{"other.io/app"}}},
+		"the image is none":                  {pod: pod{refused: []string{"r.io/UPPER"}}},
+		"the namespace is excluded":          {pod: pod{refused: refused}, in: "kube-system"},
+		"the resource does not ask for that": {target: everywhere, pod: pod{refused: refused}},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -236,7 +236,7 @@ func TestTheReportFollowsWhatIsStuck(t *testing.T) {
 	a := newTestAgent(t)
 	rescuing := rendered(t, "r", 0, `{secret: {name: pull}, namespaces: {names: [n]}, rescue: true}`, 1)
 	a.serves(rescuing)
-	stuck, waits := pod{failing: []string{"r.io/app"}, waiting: true}, pod{waiting: true}
+	stuck, waits := pod{refused: []string{"r.io/app"}, waiting: true}, pod{waiting: true}
 	a.pod("n", "p", &waits)
 	a.isDirty()
 	a.pod("n", "p", &stuck)
@@ -263,7 +263,7 @@ func TestTheReportFollowsWhatIsStuck(t *testing.T) {
 func TestWhatIsKeptOfAPodThatCannotPull(t *testing.T) {
 	t.Parallel()
 	waiting := func(name, reason string) corev1.ContainerStatus {
-		return corev1.ContainerStatus{Name: name, Image: "what the runtime calls it", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: reason}}}
+		return corev1.ContainerStatus{Name: name, Image: "what the runtime calls it", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: reason, Message: "401 Unauthorized"}}}
 	}
 	p := &corev1.Pod{
 		Spec: corev1.PodSpec{
@@ -279,8 +279,8 @@ func TestWhatIsKeptOfAPodThatCannotPull(t *testing.T) {
 		},
 	}
 	kept := convertPod(p)
-	require.Equal(t, []string{"r.io/two", "z.io/init"}, kept.failing)
+	require.Equal(t, []string{"r.io/two", "z.io/init"}, kept.refused)
 	require.Equal(t, []string{"b", "a"}, kept.pullSecrets)
 	p.DeletionTimestamp = &metav1.Time{Time: time.Now()}
-	require.Empty(t, convertPod(p).failing, "it goes")
+	require.Empty(t, convertPod(p).refused, "it goes")
 }
