@@ -8,7 +8,6 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
 
 	"github.com/spf13/cobra"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -53,8 +52,8 @@ kubelet's last error, and what to do next. It follows the way that credentials t
   itself or by its ServiceAccount, which named it before the Pod was made; the registry takes the credentials
 
 It only reads, with your own rights, and says what you may not see. Credentials are never shown. All is known
-to whoever may get the Pod, its controller, ServiceAccount and Namespace, get Secrets in its namespace and in
-that of the rendered Secrets, and list Events and Pods in its namespace, and ImagePullSecrets.
+to whoever may get the Pod, its controller, ServiceAccount and Namespace, and Secrets in its namespace, and list
+Events and Pods in its namespace, ImagePullSecrets, and Secrets in the namespace of the rendered ones.
 
 Exit codes: 0 it is explained, 1 an error.`,
 		Example: `  imps-node explain pod shop/web-7d4b9c-x2x5z
@@ -136,22 +135,28 @@ func (f *explainFlags) complete(cmd *cobra.Command, args []string, begun string)
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveError
 	}
-	namespace, _, _ := strings.Cut(begun, "/")
-	if !strings.Contains(begun, "/") {
-		namespace = metav1.NamespaceAll
+	// Namespaces first, then the Pods of one.
+	resource, end, directive := schema.GroupVersionResource{Version: "v1", Resource: "pods"}, "", cobra.ShellCompDirectiveNoFileComp
+	namespace, _, chosen := strings.Cut(begun, "/")
+	if !chosen {
+		resource, namespace, end, directive = impsync.NamespaceResource, metav1.NamespaceAll, "/", directive|cobra.ShellCompDirectiveNoSpace
 	}
-	const most = 500 // more help nobody
-	found, err := pods.Resource(schema.GroupVersionResource{Version: "v1", Resource: "pods"}).Namespace(namespace).List(cmd.Context(), metav1.ListOptions{Limit: most})
+	const most = 5000 // more help nobody
+	found, err := pods.Resource(resource).Namespace(namespace).List(cmd.Context(), metav1.ListOptions{Limit: most})
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveError
 	}
 	var names []string
 	for i := range found.Items {
-		if name := found.Items[i].Namespace + "/" + found.Items[i].Name; strings.HasPrefix(name, begun) {
+		name := found.Items[i].Name + end
+		if chosen {
+			name = namespace + "/" + name
+		}
+		if strings.HasPrefix(name, begun) {
 			names = append(names, name)
 		}
 	}
-	return names, cobra.ShellCompDirectiveNoFileComp
+	return names, directive
 }
 
 func writeExplanation(w io.Writer, result explain.Result) error {
@@ -159,7 +164,7 @@ func writeExplanation(w io.Writer, result explain.Result) error {
 	printRow(table, fmt.Sprintf("Pod %s/%s, on node %s, ServiceAccount %s", result.Namespace, result.Pod, cmp.Or(result.Node, "-"), result.ServiceAccount))
 	section(table, len(result.Containers), "CONTAINER", "IMAGE", "STATE", "CAUSE")
 	for _, c := range result.Containers {
-		printRow(table, c.Name, printable(c.Image), c.State, string(c.Cause))
+		printRow(table, c.Name, c.Image, c.State, string(c.Cause))
 	}
 	for _, c := range result.Containers {
 		printRow(table)
@@ -171,7 +176,7 @@ func writeExplanation(w io.Writer, result explain.Result) error {
 			if c.ErrorTime != nil {
 				said += ", at " + c.ErrorTime.UTC().Format(time.RFC3339)
 			}
-			printRow(table, said+": "+printable(c.Error))
+			printRow(table, said+": "+c.Error)
 		}
 		section(table, len(c.Resources), "  IMAGEPULLSECRET", "HOLDS", "SELECTED", "SECRET", "STATE", "POD NAMES IT", "SERVICEACCOUNT NAMES IT", "CAUSE")
 		for _, r := range c.Resources {
@@ -194,18 +199,4 @@ func writeExplanation(w io.Writer, result explain.Result) error {
 		printRow(table, text)
 	}
 	return table.Flush()
-}
-
-// printable is a text of a registry, or of a spec, without what a terminal would obey, and not endless.
-func printable(text string) string {
-	const most = 1000
-	if len(text) > most {
-		text = strings.ToValidUTF8(text[:most], "") + "..."
-	}
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return ' '
-		}
-		return r
-	}, text)
 }

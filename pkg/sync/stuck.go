@@ -97,6 +97,17 @@ func PullSecrets(refs []corev1.LocalObjectReference) (names []string) {
 // clockSkew is by how much the API server's clock, which a Pod's creation time is of, may be ahead of the coordinator's.
 const clockSkew = 5 * time.Minute
 
+// Attached are the Secrets that imps has had a ServiceAccount name, as its annotation says, which users may have edited: names,
+// separated by commas.
+func Attached(a *corev1.ServiceAccount) (names []string) {
+	for name := range strings.SplitSeq(a.Annotations[AnnotationAttached], ",") {
+		if name = strings.TrimSpace(name); name != "" && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
 // AttachedAt is when imps last had a ServiceAccount name a Secret; zero where it has not.
 func AttachedAt(a *corev1.ServiceAccount) time.Time {
 	at, err := time.Parse(time.RFC3339, a.Annotations[AnnotationAttachedAt])

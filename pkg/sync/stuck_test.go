@@ -49,3 +49,12 @@ func TestPodsThatCameTooEarly(t *testing.T) {
 	require.True(t, CameTooEarly(pod(0), account("")), "nobody knows")
 	require.True(t, CameTooEarly(pod(0), account("yesterday")), "nobody knows")
 }
+
+func TestTheAnnotationIsReadWhateverSomebodyHasWrittenIntoIt(t *testing.T) {
+	t.Parallel()
+	for value, want := range map[string][]string{
+		"": nil, "pull": {"pull"}, "a,b": {"a", "b"}, " a , ,b,a,": {"a", "b"}, ",": nil, "a b": {"a b"},
+	} {
+		require.Equal(t, want, Attached(&corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{AnnotationAttached: value}}}), value)
+	}
+}

@@ -44,12 +44,12 @@ func TemplateOf(ctx context.Context, client rest.Interface, p *corev1.Pod) (*cor
 		return nil, nil
 	}
 	at, known := controllers[metav1.TypeMeta{APIVersion: owner.APIVersion, Kind: owner.Kind}]
-	if !known {
-		return nil, nil
+	if !known || len(rest.IsValidPathSegmentName(owner.Name)) > 0 {
+		return nil, nil // the API server takes any name for one, also what leads elsewhere
 	}
 	ctx, cancel := context.WithTimeout(ctx, CallTimeout)
 	defer cancel()
-	raw, err := client.Get().AbsPath(at[0], "namespaces", p.Namespace, at[1], owner.Name).SetHeader("Accept", "application/json").DoRaw(ctx)
+	raw, err := client.Get().AbsPath(at[0]).Namespace(p.Namespace).Resource(at[1]).Name(owner.Name).SetHeader("Accept", "application/json").DoRaw(ctx)
 	if apierrors.IsNotFound(err) {
 		return nil, nil
 	}

@@ -225,7 +225,7 @@ func TestExplainFindsTheCause(t *testing.T) {
 		puller
 		cause, why, next string
 	}{
-		"running":        {puller{namespace: served, image: "r.one/app"}, "Pulled", "the container has run", "nothing"},
+		"running":        {puller{namespace: served, image: "r.one/app"}, "Pulled", "the image is on the node", "nothing about the image"},
 		"unscheduled":    {puller{namespace: served, image: "r.one/app", unbound: true}, "NotScheduled", "neither the Pod nor its ServiceAccount default names Secret imps-pull-secret", "kubectl describe pod"},
 		"creating":       {with(func(p *puller) { p.waiting, p.message, p.failed = "ContainerCreating", "", "" }), "Waiting", "no pull has failed so far", "kubectl describe pod"},
 		"no-image":       {with(func(p *puller) { p.image, p.waiting, p.failed = "r.one/APP", "InvalidImageName", "" }), "InvalidImage", "no image reference", "correct the image"},
@@ -240,11 +240,11 @@ func TestExplainFindsTheCause(t *testing.T) {
 		"quota":          {in(quota), "SecretMissing", "the namespace's quota is exceeded", "kubectl describe imps b-" + team},
 		"unnamed":        {with(func(p *puller) { p.pullSecrets = nil }), "NotNamed", "neither the Pod nor its ServiceAccount default names Secret imps-pull-secret", "add imps-pull-secret to imagePullSecrets"},
 		"resisting":      {with(func(p *puller) { p.pullSecrets, p.serviceAccount = nil, "resisting" }), "NotAttached", "ServiceAccount resisting is to name Secret imps-pull-secret, and does not", "ServiceAccountsReady says why"},
-		"own":            {with(func(p *puller) { p.pullSecrets, p.serviceAccount = []string{"theirs"}, "attached" }), "OwnPullSecrets", "the Pod names pull Secrets of its own (theirs)", "add imps-pull-secret to imagePullSecrets"},
+		"own":            {with(func(p *puller) { p.pullSecrets, p.serviceAccount = []string{"theirs"}, "attached" }), "OwnPullSecrets", "the Pod has pull Secrets of its own (theirs)", "add imps-pull-secret to imagePullSecrets"},
 		"back-off":       {with(func(p *puller) { p.ago = time.Hour }), "BackOff", "the last pull failed at", "wait: the kubelet tries again within five minutes"},
-		"refused":        {fails(unauthorized), "Refused", "the registry refuses the credentials in Secret imps-pull-secret", "try the credentials of its sources by hand"},
+		"refused":        {fails(unauthorized), "Refused", "the registry refuses what it holds", "try the credentials of the sources of ImagePullSecret b-" + team + " by hand"},
 		"no-such-image":  {fails(notFound), "ImageNotFound", "there is no such image", "check its name and tag"},
-		"something-else": {fails(odd), "PullFailed", "for another reason", "the kubelet's error says more"},
+		"something-else": {fails(odd), "PullFailed", "a reason that is not about credentials", "see that error"},
 	}
 	admin := control.Kubeconfig()
 	for name, c := range cases {
@@ -367,7 +367,7 @@ func TestShellsCompletePods(t *testing.T) {
 	puller{namespace: namespace, image: "r.one/app"}.create(t, "web-1")
 	puller{namespace: namespace, image: "r.one/app"}.create(t, "db-1")
 	for begun, want := range map[string]string{
-		namespace + "/w": namespace + "/web-1\n:4\n", namespace[:len(namespace)-1]: namespace + "/db-1\n" + namespace + "/web-1\n:4\n",
+		namespace[:len(namespace)-1]: namespace + "/\n:6\n", namespace + "/": namespace + "/db-1\n" + namespace + "/web-1\n:4\n", namespace + "/w": namespace + "/web-1\n:4\n",
 	} {
 		command := exec.CommandContext(t.Context(), binary, "__complete", "explain", "pod", "--kubeconfig="+control.Kubeconfig(), begun)
 		out, err := command.Output()

@@ -35,22 +35,12 @@ type account struct {
 func accountOf(a *corev1.ServiceAccount) account {
 	kept := account{
 		uid: a.UID, resourceVersion: a.ResourceVersion, labels: a.Labels,
-		attached: parseAttached(a.Annotations[impsync.AnnotationAttached]), deleting: a.DeletionTimestamp != nil,
+		attached: impsync.Attached(a), deleting: a.DeletionTimestamp != nil,
 	}
 	for _, ref := range a.ImagePullSecrets {
 		kept.pullSecrets = append(kept.pullSecrets, ref.Name)
 	}
 	return kept
-}
-
-// parseAttached reads the annotation impsync.AnnotationAttached, which users may have edited: names, separated by commas.
-func parseAttached(value string) (names []string) {
-	for name := range strings.SplitSeq(value, ",") {
-		if name = strings.TrimSpace(name); name != "" && !slices.Contains(names, name) {
-			names = append(names, name)
-		}
-	}
-	return names
 }
 
 // attach returns what a ServiceAccount names, and what of that imps remembers to have put there, where it is to name some

@@ -102,15 +102,6 @@ func TestAttachLosesNobodysEntries(t *testing.T) {
 	}
 }
 
-func TestTheAnnotationIsReadWhateverSomebodyHasWrittenIntoIt(t *testing.T) {
-	t.Parallel()
-	for value, want := range map[string][]string{
-		"": nil, "pull": {"pull"}, "a,b": {"a", "b"}, " a , ,b,a,": {"a", "b"}, ",": nil, "a b": {"a b"},
-	} {
-		require.Equal(t, want, parseAttached(value), value)
-	}
-}
-
 func TestTheChangeOfAServiceAccountIsAConflictWhereAnythingElseWasChanged(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

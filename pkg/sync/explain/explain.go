@@ -3,8 +3,6 @@
 package explain
 
 import (
-	"context"
-	"fmt"
 	"time"
 
 	"k8s.io/client-go/rest"
@@ -49,6 +47,8 @@ type Container struct {
 	// Error is the kubelet's last error about the image, and ErrorTime when it last occurred.
 	Error     string     `json:"error,omitempty"`
 	ErrorTime *time.Time `json:"errorTime,omitempty"`
+	// unknownError: the kubelet says only that it waits.
+	unknownError bool
 	// Resources are those that have credentials for the image, or may have, the one that Cause is about first.
 	Resources []Resource `json:"resources"`
 }
@@ -99,15 +99,16 @@ type SecretState string
 
 // States of Secrets.
 const (
-	// SecretCurrent: it holds what the resource delivers.
+	// SecretCurrent: it holds what the resource delivers. SecretPresent: it is imps's, and what it should hold is not to be seen.
 	SecretCurrent SecretState = "current"
+	SecretPresent SecretState = "present"
 	// SecretStale: it holds something else.
 	SecretStale SecretState = "stale"
 	// SecretAbsent: there is none of that name.
 	SecretAbsent SecretState = "absent"
 	// SecretForeign: there is one that is not imps's.
 	SecretForeign SecretState = "foreign"
-	// SecretClaimed: it is of another resource.
+	// SecretClaimed: it is of an older resource that selects the namespace, too.
 	SecretClaimed SecretState = "claimed"
 	// SecretUnknown: the caller may not read it.
 	SecretUnknown SecretState = "unknown"
@@ -135,7 +136,7 @@ const (
 	CauseNotDelivering  Cause = "NotDelivering"  // it delivers nothing
 	CauseNotSelected    Cause = "NotSelected"    // it does not select the namespace
 	CauseExcluded       Cause = "Excluded"       // the installation excludes the namespace
-	CauseClaimed        Cause = "OlderResource"  // the Secret is of another resource
+	CauseClaimed        Cause = "OlderResource"  // an older resource claims the Secret, too
 	CauseForeign        Cause = "ForeignSecret"  // the Secret is not imps's
 	CauseNoSecret       Cause = "SecretMissing"  // it is not there
 	CauseStale          Cause = "SecretStale"    // it is not what is to be delivered
@@ -145,9 +146,11 @@ const (
 	CauseAttachedLate   Cause = "AttachedLate"   // the Pod came before the ServiceAccount named it
 	CauseNameRemoved    Cause = "NameRemoved"    // the Pod came after, and does not name it all the same
 	CauseExpired        Cause = "TokenExpired"   // the credentials have expired
+	CauseTemplateNewer  Cause = "TemplateNewer"  // the template names it by now, and the Pod is of before
 	CauseBackOff        Cause = "BackOff"        // all is there, and the kubelet tries again
 	CauseRefused        Cause = "Refused"        // the registry refuses the credentials
 	CauseImageNotFound  Cause = "ImageNotFound"  // the registry says that there is no such image
+	CauseLimited        Cause = "RateLimited"    // the registry limits how many are pulled
 	CausePullFailed     Cause = "PullFailed"     // something else, which the kubelet's error tells
 	CauseServed         Cause = "Served"         // nothing is missing, and nothing has failed
 )
@@ -155,21 +158,6 @@ const (
 // way is the order of a resource's causes.
 var way = []Cause{
 	CauseNotDelivering, CauseNotSelected, CauseExcluded, CauseClaimed, CauseForeign, CauseNoSecret, CauseStale, CauseNotNamed,
-	CauseNotAttached, CauseOwnPullSecrets, CauseAttachedLate, CauseNameRemoved, CauseExpired, CauseBackOff, CauseRefused, CauseImageNotFound,
+	CauseNotAttached, CauseOwnPullSecrets, CauseAttachedLate, CauseTemplateNewer, CauseNameRemoved, CauseExpired, CauseBackOff, CauseRefused, CauseImageNotFound, CauseLimited,
 	CausePullFailed, CauseServed,
-}
-
-// Pod explains a Pod. What the caller may not see is told in the result and is no error, but for the Pod itself.
-func Pod(ctx context.Context, config Config, namespace, name string) (Result, error) {
-	r, err := newReader(config)
-	if err != nil {
-		return Result{}, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, 6*impsync.CallTimeout)
-	defer cancel()
-	facts, err := r.read(ctx, namespace, name)
-	if err != nil {
-		return Result{}, fmt.Errorf("explain Pod %s/%s: %w", namespace, name, err)
-	}
-	return facts.explain(config.Excluded, time.Now()), nil
 }

@@ -3,9 +3,11 @@ package explain
 import (
 	"cmp"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -23,23 +25,31 @@ type verdict struct {
 }
 
 func (f *facts) explain(excluded impsync.Exclusion, now time.Time) Result {
+	pod := f.pod
 	result := Result{
-		Namespace: f.pod.Namespace, Pod: f.pod.Name, Node: f.pod.Spec.NodeName, ServiceAccount: f.pod.Spec.ServiceAccountName,
-		Containers: []Container{}, Unknown: f.unknown,
+		Namespace: pod.Namespace, Pod: pod.Name, Node: pod.Spec.NodeName, ServiceAccount: pod.Spec.ServiceAccountName,
+		Containers: []Container{}, Unknown: []string{},
 	}
 	j := &judge{facts: f, excluded: excluded, now: now, candidates: f.resources}
 	if !f.listed {
 		j.candidates = f.inferred()
 	}
-	status := f.pod.Status
-	for _, c := range f.pod.Spec.InitContainers {
-		result.Containers = append(result.Containers, j.container(c.Name, c.Image, status.InitContainerStatuses))
+	for _, c := range pod.Spec.InitContainers {
+		result.Containers = append(result.Containers, j.container(c.Name, c.Image, pod.Status.InitContainerStatuses))
 	}
-	for _, c := range f.pod.Spec.Containers {
-		result.Containers = append(result.Containers, j.container(c.Name, c.Image, status.ContainerStatuses))
+	for _, c := range pod.Spec.Containers {
+		result.Containers = append(result.Containers, j.container(c.Name, c.Image, pod.Status.ContainerStatuses))
 	}
-	for _, c := range f.pod.Spec.EphemeralContainers {
-		result.Containers = append(result.Containers, j.container(c.Name, c.Image, status.EphemeralContainerStatuses))
+	for _, c := range pod.Spec.EphemeralContainers {
+		result.Containers = append(result.Containers, j.container(c.Name, c.Image, pod.Status.EphemeralContainerStatuses))
+	}
+	for _, v := range pod.Spec.Volumes {
+		if v.Image != nil {
+			result.Containers = append(result.Containers, j.volume(v.Name, v.Image.Reference))
+		}
+	}
+	for _, text := range f.unknown {
+		result.Unknown = append(result.Unknown, printable(text))
 	}
 	return result
 }
@@ -66,90 +76,161 @@ type judge struct {
 	candidates []v1alpha1.ImagePullSecret
 }
 
-// Reasons for which a container waits, of pkg/kubelet/images/types.go, and of what is not about its image.
+// Reasons for which a container waits: about its image, of pkg/kubelet/images/types.go; and of what comes after that.
 const (
-	reasonNeverPull = "ErrImageNeverPull"
-	reasonInvalid   = "InvalidImageName"
+	reasonNeverPull   = "ErrImageNeverPull"
+	reasonInvalid     = "InvalidImageName"
+	reasonUnavailable = "RegistryUnavailable"
 )
 
-var pullReasons = []string{"ErrImagePull", "ImagePullBackOff", reasonNeverPull, reasonInvalid, "ImageInspectError", "RegistryUnavailable", "SignatureValidationFailed"}
+var (
+	pullReasons  = []string{"ErrImagePull", "ImagePullBackOff", reasonNeverPull, reasonInvalid, "ImageInspectError", reasonUnavailable, "SignatureValidationFailed"}
+	laterReasons = []string{"CrashLoopBackOff", "CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError", "PreStartHookError", "PostStartHookError"}
+)
 
 // container finds out about one container.
 func (j *judge) container(name, image string, statuses []corev1.ContainerStatus) Container {
-	c := Container{Name: name, Image: image, State: "Waiting", Resources: []Resource{}}
-	var waits *corev1.ContainerStateWaiting
-	var ran bool
+	c := Container{Name: name, Image: image, State: "Waiting"}
+	pulled, failing := false, false
 	if i := slices.IndexFunc(statuses, func(s corev1.ContainerStatus) bool { return s.Name == name }); i >= 0 {
-		s := statuses[i]
-		waits, ran = s.State.Waiting, s.State.Running != nil || s.State.Terminated != nil
-		switch {
-		case s.State.Running != nil:
-			c.State = "Running"
-		case s.State.Terminated != nil:
-			c.State = "Terminated"
-		case waits != nil:
-			c.State = cmp.Or(waits.Reason, c.State)
-		}
-		ran = ran || s.LastTerminationState.Terminated != nil && !slices.Contains(pullReasons, c.State)
-	}
-	failing := waits != nil && slices.Contains(pullReasons, waits.Reason)
-	if failing {
-		c.Error = waits.Message
-		if last := j.lastFailure(image); last != nil {
-			c.Error = last.message
-			if !last.at.IsZero() {
-				c.ErrorTime = &last.at
+		switch state := statuses[i].State; {
+		case state.Running != nil:
+			c.State, pulled = "Running", true
+		case state.Terminated != nil:
+			c.State, pulled = "Terminated", true
+		case state.Waiting != nil:
+			c.State = cmp.Or(state.Waiting.Reason, c.State)
+			pulled = slices.Contains(laterReasons, c.State)
+			// The container of an image volume that cannot be pulled says that of the volume's image.
+			failing = slices.Contains(pullReasons, c.State) && j.volumeIn(state.Waiting.Message) == ""
+			if failing {
+				j.lastError(&c, state.Waiting.Message)
 			}
 		}
 	}
+	return j.conclude(c, pulled, failing)
+}
+
+// volume finds out about the image of a volume.
+func (j *judge) volume(name, image string) Container {
+	c := Container{Name: "volume " + name, Image: image, State: "Waiting"}
+	status := j.pod.Status
+	failing, pulled := false, false
+	for _, s := range slices.Concat(status.InitContainerStatuses, status.ContainerStatuses) {
+		if w := s.State.Waiting; w != nil && slices.Contains(pullReasons, w.Reason) && j.volumeIn(w.Message) == image {
+			failing, c.State = true, w.Reason
+			j.lastError(&c, w.Message)
+		}
+		pulled = pulled || s.State.Running != nil
+	}
+	if pulled && !failing {
+		c.State = "Mounted"
+	}
+	return j.conclude(c, pulled, failing)
+}
+
+// volumeIn returns the image of a volume that a message is about.
+func (j *judge) volumeIn(message string) string {
+	for _, v := range j.pod.Spec.Volumes {
+		if v.Image != nil && v.Image.Reference != "" && strings.Contains(message, `"`+v.Image.Reference+`"`) {
+			return v.Image.Reference
+		}
+	}
+	return ""
+}
+
+// backOff is what a kubelet says as long as it waits; from 1.31 on, the error before follows it.
+var backOff = regexp.MustCompile(`^Back-off pulling image "[^"]*"(: (ErrImagePull: )?)?`)
+
+// lastError sets what the kubelet has said last about an image: in the status of a container, which is of the last pull, or, where
+// that does not tell, in an Event, of which the API server may lack the last ones.
+func (j *judge) lastError(c *Container, message string) {
+	said := backOff.ReplaceAllString(message, "")
+	for _, event := range j.failures {
+		if !strings.Contains(event.message, `"`+c.Image+`"`) {
+			continue
+		}
+		if said == "" || strings.HasSuffix(event.message, said) {
+			said = event.message
+			if !event.at.IsZero() {
+				c.ErrorTime = &event.at
+			}
+		}
+		break
+	}
+	c.Error = cmp.Or(said, message)
+	if said == "" {
+		c.unknownError = true
+	}
+}
+
+// conclude is the end of each.
+func (j *judge) conclude(c Container, pulled, failing bool) Container {
 	var err error
-	if c.Repository, err = dockerconfig.Repository(image); err == nil {
+	c.Resources = []Resource{}
+	if c.Repository, err = dockerconfig.Repository(c.Image); err == nil {
 		c.Resources = j.resourcesFor(&c, failing)
 	}
-	v := j.judge(&c, ran, failing)
-	c.Cause, c.Why, c.Next = v.cause, v.why, v.next
+	v := j.judge(&c, pulled, failing)
+	c.Cause, c.Why, c.Next = v.cause, printable(v.why), printable(v.next)
+	c.Name, c.Image, c.State, c.Error = printable(c.Name), printable(c.Image), printable(c.State), printable(c.Error)
 	return c
 }
 
-// lastFailure is the last Event about a pull of an image.
-func (j *judge) lastFailure(image string) *failure {
-	for i := range j.failures {
-		if strings.Contains(j.failures[i].message, `"`+image+`"`) {
-			return &j.failures[i]
-		}
+// signed is the part of a URL that may hold a signature, or a password.
+var signed = regexp.MustCompile(`(https?://)(?:[^/\s"'@]*@)?([^\s"'?]*)\?[^\s"']*`)
+
+// printable is a text that others have written, without what a terminal would obey, without what may be a credential in a URL, and
+// not endless.
+func printable(text string) string {
+	const most = 2000
+	if text = signed.ReplaceAllString(text, "$1$2?..."); len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "..."
 	}
-	return nil
+	text = userInformation.ReplaceAllString(text, "$1")
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, text)
 }
 
+var userInformation = regexp.MustCompile(`(https?://)[^/\s"'@]*@`)
+
 // judge is the verdict on a container.
-func (j *judge) judge(c *Container, ran, failing bool) verdict {
+func (j *judge) judge(c *Container, pulled, failing bool) verdict {
 	failed := failureOf(c)
 	switch {
 	case j.pod.DeletionTimestamp != nil:
 		return verdict{CauseFinished, "the Pod is being deleted", "nothing"}
 	case j.pod.Status.Phase == corev1.PodSucceeded || j.pod.Status.Phase == corev1.PodFailed:
 		return verdict{CauseFinished, "the Pod has come to its end, and pulls nothing any more", "nothing about images; kubectl describe pod tells why it ended"}
-	case ran:
-		return verdict{CausePulled, "the container has run, so that its image is on the node", "nothing"}
+	case pulled:
+		return verdict{CausePulled, "the image is on the node, as the container has run or is about to", "nothing about the image"}
 	case c.Repository == "" || c.State == reasonInvalid:
 		return verdict{CauseInvalidImage, "what the spec says is no image reference", "correct the image in the Pod's template"}
-	case c.State == reasonNeverPull:
-		return verdict{CauseNeverPull, "imagePullPolicy is Never, and the image is not on the node", "change imagePullPolicy in the Pod's template"}
 	case failing && failed == CauseUnreachable:
 		return verdict{CauseUnreachable, "the node cannot reach the registry, or cannot trust it; credentials would not help",
 			"check names, routes, proxies and certificates from the node to " + host(c.Repository)}
-	case !j.installed && failing:
-		return verdict{CauseNotInstalled, "the cluster does not know ImagePullSecrets, so that there are no credentials of imps", "install the chart"}
+	case failing && failed == CausePullFailed && c.State != reasonNeverPull:
+		return verdict{CausePullFailed, "the pull fails for a reason that is not about credentials, which the kubelet's error tells", "see that error"}
 	}
-	best := j.best(c)
-	if failing {
-		return best
+	best := verdict{CauseNotInstalled, "the cluster does not know ImagePullSecrets, so that there are no credentials of imps", "install the chart"}
+	if j.installed {
+		best = j.best(c)
+	}
+	if failing && c.State != reasonNeverPull {
+		return j.andOthers(best, c)
 	}
 	v := verdict{CauseWaiting, "no pull has failed so far", "kubectl describe pod tells what it waits for"}
-	if j.pod.Spec.NodeName == "" {
+	switch {
+	case c.State == reasonNeverPull:
+		v = verdict{CauseNeverPull, "imagePullPolicy is Never, and the image is not on the node, or not for whoever has this Pod's credentials", "change imagePullPolicy in the Pod's template"}
+	case j.pod.Spec.NodeName == "":
 		v = verdict{CauseNotScheduled, "no node has the Pod yet, so that nothing is pulled", "kubectl describe pod tells why it is not scheduled"}
 	}
-	if best.cause != CauseServed {
+	if j.installed && best.cause != CauseServed && best.cause != CauseUnknown {
 		v.why += "; if the image is private, this is in the way: " + best.why
 	}
 	return v
@@ -160,7 +241,18 @@ func (j *judge) best(c *Container) verdict {
 	// Of those that have none, one that selects the namespace may be what is meant to.
 	broken := slices.IndexFunc(c.Resources, func(r Resource) bool { return r.Cause == CauseNotDelivering && r.Selected == Yes })
 	if len(c.Resources) > 0 && c.Resources[0].Holds == Yes && (broken < 0 || c.Resources[0].Selected != No) {
-		return verdict{c.Resources[0].Cause, "ImagePullSecret " + c.Resources[0].Name + ": " + c.Resources[0].Why, c.Resources[0].Next}
+		first := c.Resources[0]
+		v := verdict{first.Cause, "ImagePullSecret " + first.Name + ": " + first.Why, first.Next}
+		if first.Cause == CauseRefused || first.Cause == CauseImageNotFound {
+			// Others may be meant for just this repository.
+			for _, r := range c.Resources[1:] {
+				if r.Holds == Yes && r.Cause != first.Cause {
+					v.why += "; ImagePullSecret " + r.Name + " has some, too: " + r.Why
+					v.next += "; or " + r.Next
+				}
+			}
+		}
+		return v
 	}
 	if broken >= 0 {
 		r := c.Resources[broken]
@@ -169,8 +261,27 @@ func (j *judge) best(c *Container) verdict {
 	if len(c.Resources) > 0 || !j.listed {
 		return verdict{CauseUnknown, "which ImagePullSecrets have credentials for " + host(c.Repository) + " cannot be seen with these rights", "ask somebody who may see what is unknown"}
 	}
-	return verdict{CauseNoResource, fmt.Sprintf("none of the %d ImagePullSecrets has credentials for %s", len(j.candidates), c.Repository),
-		"check the image's name; if it is private, add a source with credentials for " + host(c.Repository) + " to an ImagePullSecret"}
+	v := verdict{CauseNoResource, fmt.Sprintf("none of the %d ImagePullSecrets has credentials for %s", len(j.candidates), c.Repository),
+		"check the image's name; if it is private, add a source with credentials for " + host(c.Repository) + " to an ImagePullSecret, unless the nodes themselves are to have rights there"}
+	if failureOf(c) == CauseLimited {
+		v.why += ", and the registry limits pulls without"
+	}
+	return v
+}
+
+// andOthers adds what is to be said of Secrets that the Pod names and that are of no resource here.
+func (j *judge) andOthers(v verdict, c *Container) verdict {
+	for _, name := range impsync.PullSecrets(j.pod.Spec.ImagePullSecrets) {
+		s, readable := j.secrets[name]
+		switch {
+		case slices.ContainsFunc(c.Resources, func(r Resource) bool { return r.Secret == name }) || !readable:
+		case s == nil:
+			v.why += "; Secret " + name + ", which the Pod names, is not there"
+		case s.err == nil && s.credentials.Serves(c.Image):
+			v.why += "; Secret " + name + ", which the Pod names, has credentials for the image, and is of no ImagePullSecret"
+		}
+	}
+	return v
 }
 
 func host(repository string) string {
@@ -178,10 +289,15 @@ func host(repository string) string {
 	return host
 }
 
-// failureOf is why the pull of a container's image failed last.
+// failureOf is why the pull of a container's image failed last; empty where the kubelet does not tell.
 func failureOf(c *Container) Cause {
-	if c.State == "RegistryUnavailable" {
+	switch {
+	case c.unknownError:
+		return ""
+	case c.State == reasonUnavailable:
 		return CauseUnreachable
+	case strings.Contains(strings.ToLower(c.Error), "toomanyrequests"), strings.Contains(strings.ToLower(c.Error), "429 too many requests"):
+		return CauseLimited
 	}
 	switch impsync.PullFailureOf(c.Image, c.Error) {
 	case impsync.PullRefused:
@@ -213,11 +329,11 @@ func (j *judge) resourcesFor(c *Container, failing bool) []Resource {
 // resource finds out how far the credentials of a resource for an image got.
 func (j *judge) resource(r *v1alpha1.ImagePullSecret, c *Container, failing bool) Resource {
 	rendered, visible := j.rendered[r.UID]
-	found := Resource{Name: r.Name, Secret: r.Spec.Target.Secret.Name, SelectedBy: []string{}}
+	found := Resource{Name: printable(r.Name), Secret: r.Spec.Target.Secret.Name}
 	if !rendered.Target.IsZero() {
 		found.Secret = rendered.Target.Name()
 	}
-	s, readable := j.secrets[found.Secret]
+	s := j.secrets[found.Secret]
 	held, known := j.held(r, rendered, visible, s)
 	found.Selected, found.SelectedBy = j.selects(r, rendered)
 	deliversNothing := visible && rendered.Target.IsZero()
@@ -229,18 +345,21 @@ func (j *judge) resource(r *v1alpha1.ImagePullSecret, c *Container, failing bool
 	default:
 		found.Holds = Unknown
 	}
-	found.SecretState = j.secretState(r, rendered, s, readable, c.Image)
+	found.SecretState = j.secretState(r, rendered, found.Secret, c.Image)
 	found.PodNames = slices.Contains(impsync.PullSecrets(j.pod.Spec.ImagePullSecrets), found.Secret)
 	found.AccountNames = Unknown
-	if j.account != nil {
-		found.AccountNames = answer(slices.Contains(impsync.PullSecrets(j.account.ImagePullSecrets), found.Secret))
-		if at := impsync.AttachedAt(j.account); found.AccountNames == Yes && !at.IsZero() {
+	if j.seesAccount {
+		found.AccountNames = No
+	}
+	if j.account != nil && slices.Contains(impsync.PullSecrets(j.account.ImagePullSecrets), found.Secret) {
+		found.AccountNames = Yes
+		if at := impsync.AttachedAt(j.account); !at.IsZero() && slices.Contains(impsync.Attached(j.account), found.Secret) {
 			found.AttachedAt = &at
 		}
 	}
 	found.Expires = expiry(rendered, held, c.Image)
 	v := j.way(r, &found, deliversNothing, s, c, failing)
-	found.Cause, found.Why, found.Next = v.cause, v.why, v.next
+	found.Cause, found.Why, found.Next, found.Secret = v.cause, printable(v.why), printable(v.next), printable(found.Secret)
 	return found
 }
 
@@ -275,17 +394,21 @@ func expiry(rendered impsync.Rendered, held dockerconfig.Config, image string) *
 	return last
 }
 
-// selects reports whether a resource selects the Pod's namespace, and by which kinds of selector.
+// selects reports whether a resource selects the Pod's namespace, and by which kinds of selector: as it is in force, or, where
+// nothing is, as its spec says.
 func (j *judge) selects(r *v1alpha1.ImagePullSecret, rendered impsync.Rendered) (Answer, []string) {
-	by := []string{}
-	if !j.listed {
-		return Unknown, by
+	switch {
+	case !j.listed:
+		return Unknown, []string{}
+	case rendered.Target.IsZero():
+		return j.selectedBy(r.Spec.Target.Namespaces, r.Spec.Target.NamespacesWithPods)
+	default:
+		return j.selectedBy(rendered.Namespaces, rendered.Pods)
 	}
-	namespaces, pods := r.Spec.Target.Namespaces, r.Spec.Target.NamespacesWithPods
-	if !rendered.Target.IsZero() {
-		namespaces, pods = rendered.Namespaces, rendered.Pods // what is in force
-	}
-	unknown := false
+}
+
+func (j *judge) selectedBy(namespaces v1alpha1.NamespaceSelector, pods v1alpha1.PodSelector) (Answer, []string) {
+	by, unknown := []string{}, false
 	for _, kind := range []struct {
 		name      string
 		selectors v1alpha1.NamespaceSelector
@@ -305,8 +428,10 @@ func (j *judge) selects(r *v1alpha1.ImagePullSecret, rendered impsync.Rendered) 
 		}
 	}
 	selection, _, err := impsync.CompileSelection(v1alpha1.NamespaceSelector{}, pods)
-	if err == nil && slices.ContainsFunc(j.neighbours, func(p corev1.Pod) bool { return selection.MatchesPod(p.Labels, p.Annotations) }) {
+	if err == nil && slices.ContainsFunc(j.neighbours, func(p metav1.ObjectMeta) bool { return selection.MatchesPod(p.Labels, p.Annotations) }) {
 		by = append(by, "pods")
+	} else if err == nil && !j.seesPods && selection.HasPodRules() {
+		unknown = true
 	}
 	switch {
 	case len(by) > 0:
@@ -318,7 +443,8 @@ func (j *judge) selects(r *v1alpha1.ImagePullSecret, rendered impsync.Rendered) 
 	}
 }
 
-func (j *judge) secretState(r *v1alpha1.ImagePullSecret, rendered impsync.Rendered, s *secret, readable bool, image string) SecretState {
+func (j *judge) secretState(r *v1alpha1.ImagePullSecret, rendered impsync.Rendered, name, image string) SecretState {
+	s, readable := j.secrets[name]
 	switch {
 	case !readable:
 		return SecretUnknown
@@ -326,27 +452,52 @@ func (j *judge) secretState(r *v1alpha1.ImagePullSecret, rendered impsync.Render
 		return SecretAbsent
 	case s.existing.Ownership == impsync.Foreign:
 		return SecretForeign
-	case s.existing.OwnerUID != r.UID:
+	case s.existing.OwnerUID != r.UID && j.older(r, name) != "":
 		return SecretClaimed
-	case s.existing.Ownership != impsync.Ours, !rendered.Target.IsZero() && s.existing.Revision != rendered.Target.Revision(),
-		s.err != nil, !s.credentials.Serves(image):
+	case s.existing.OwnerUID != r.UID, s.existing.Ownership != impsync.Ours, s.existing.Deleting, s.err != nil, !s.credentials.Serves(image):
 		return SecretStale
-	default:
-		return SecretCurrent
+	case rendered.Target.IsZero():
+		return SecretPresent
+	case s.existing.Revision != rendered.Target.Revision():
+		return SecretStale
 	}
+	want, err := rendered.Target.Credentials()
+	if err != nil || !slices.EqualFunc(want.Entries(), s.credentials.Entries(), dockerconfig.Entry.Equal) {
+		return SecretStale
+	}
+	return SecretCurrent
+}
+
+// older returns an older resource that wants the same Secret in the namespace, as the coordinator has it (impsync.ResourceRef).
+func (j *judge) older(r *v1alpha1.ImagePullSecret, secret string) string {
+	for i := range j.candidates {
+		other := &j.candidates[i]
+		rendered := j.rendered[other.UID]
+		if other.UID == r.UID || other.DeletionTimestamp != nil || rendered.Target.Name() != secret || impsync.RefOf(other).Compare(impsync.RefOf(r)) > 0 {
+			continue
+		}
+		if selected, _ := j.selects(other, rendered); selected == Yes {
+			return other.Name
+		}
+	}
+	return ""
 }
 
 // way follows the credentials of a resource from the resource to the kubelet, and stops where they got stuck.
 func (j *judge) way(r *v1alpha1.ImagePullSecret, found *Resource, deliversNothing bool, s *secret, c *Container, failing bool) verdict {
 	namespace, describe := j.pod.Namespace, "kubectl describe imps "+r.Name+" says more"
+	there := found.SecretState == SecretCurrent || found.SecretState == SecretPresent
 	switch {
-	case r.DeletionTimestamp != nil:
+	case r.DeletionTimestamp != nil && (!there || !found.PodNames):
 		return verdict{CauseNotDelivering, "it is being deleted", "use another ImagePullSecret, or make it anew"}
 	case deliversNothing && r.Status.ObservedGeneration == 0:
 		return verdict{CauseNotDelivering, "no coordinator has dealt with it yet", "see that a coordinator runs and leads; its log says what keeps it"}
 	case deliversNothing:
 		return verdict{CauseNotDelivering, "it delivers nothing: " + cmp.Or(r.Status.Reason, "it asks for nothing"), describe}
 	case found.Selected == No:
+		if selected, _ := j.selectedBy(r.Spec.Target.Namespaces, r.Spec.Target.NamespacesWithPods); selected == Yes {
+			return verdict{CauseNotDelivering, "its spec selects namespace " + namespace + ", and is not in force yet: " + cmp.Or(r.Status.Reason, "no coordinator has dealt with it"), describe}
+		}
 		return verdict{CauseNotSelected, "no selector of its spec.target selects namespace " + namespace,
 			"give the namespace what one of its selectors asks for, or add the namespace to them; imps-node plan shows the effect beforehand"}
 	case j.excluded.Matches(namespace):
@@ -354,7 +505,7 @@ func (j *judge) way(r *v1alpha1.ImagePullSecret, found *Resource, deliversNothin
 	}
 	switch found.SecretState {
 	case SecretClaimed:
-		return verdict{CauseClaimed, fmt.Sprintf("Secret %s is of ImagePullSecret %s, which is older and claims it, too", found.Secret, cmp.Or(s.owner, string(s.existing.OwnerUID))),
+		return verdict{CauseClaimed, fmt.Sprintf("Secret %s is of ImagePullSecret %s, which is older and claims it, too", found.Secret, j.older(r, found.Secret)),
 			"give one of the two another spec.target.secret.name"}
 	case SecretForeign:
 		return verdict{CauseForeign, "there is a Secret " + found.Secret + " that is not imps's, and is left alone", "delete or rename it, and imps puts its own there at once"}
@@ -363,26 +514,45 @@ func (j *judge) way(r *v1alpha1.ImagePullSecret, found *Resource, deliversNothin
 		if condition := meta.FindStatusCondition(r.Status.Conditions, v1alpha1.ConditionSecretsReady); condition != nil && condition.Status != metav1.ConditionTrue {
 			why += "; " + v1alpha1.ConditionSecretsReady + " says: " + condition.Message
 		}
+		if n := r.Status.Namespaces; n != nil && n.Excluded > 0 && len(j.excluded) == 0 {
+			why += fmt.Sprintf("; %d namespaces are excluded by the coordinator's --excluded-namespaces, which were not given here", n.Excluded)
+		}
 		return verdict{CauseNoSecret, why, describe + "; also see that the Pod's node has an agent, and that a coordinator leads"}
 	case SecretStale:
-		return verdict{CauseStale, "Secret " + found.Secret + " does not hold what is to be delivered", describe + "; whoever changes that Secret, or keeps imps from it, is in the way"}
-	case SecretCurrent, SecretUnknown:
+		return j.stale(r, found.Secret, s, describe)
+	case SecretCurrent, SecretPresent, SecretUnknown:
 	}
 	if !found.PodNames {
 		return j.notNamed(r, found)
 	}
-	return j.pulls(found, s, c, failing, describe)
+	return j.pulls(r, found, s, c, failing, describe)
+}
+
+// stale is the verdict on a Secret that is imps's and not what it should be.
+func (j *judge) stale(r *v1alpha1.ImagePullSecret, name string, s *secret, describe string) verdict {
+	switch {
+	case s.existing.Deleting:
+		return verdict{CauseStale, "Secret " + name + " is being deleted, and a finalizer holds it", "find out whose finalizer that is: kubectl get secret -o yaml"}
+	case s.existing.OwnerUID != r.UID || s.existing.Ownership != impsync.Ours:
+		return verdict{CauseStale, "Secret " + name + " is of another ImagePullSecret, of IMPS, or of a backup, and was not taken over yet", describe + "; also see that a coordinator leads"}
+	default:
+		return verdict{CauseStale, "Secret " + name + " does not hold what is to be delivered", describe + "; whoever changes that Secret, or keeps imps from it, is in the way (kubectl get secret --show-managed-fields tells who)"}
+	}
 }
 
 // notNamed is the verdict where the Pod does not name the Secret.
 func (j *judge) notNamed(r *v1alpha1.ImagePullSecret, found *Resource) verdict {
-	account, own := "ServiceAccount "+j.pod.Spec.ServiceAccountName, "add "+found.Secret+" to imagePullSecrets in the Pod's template"
-	if found.AccountNames == Unknown {
-		return verdict{CauseNotNamed, "the Pod does not name Secret " + found.Secret + ", and whether its " + account + " does by now is unknown", own}
+	account, own := "ServiceAccount "+cmp.Or(j.pod.Spec.ServiceAccountName, "-"), "add "+found.Secret+" to imagePullSecrets in the Pod's template"
+	if j.template != nil && slices.Contains(impsync.PullSecrets(j.template.ImagePullSecrets), found.Secret) {
+		return verdict{CauseTemplateNewer, "the Pod's template names Secret " + found.Secret + " by now, and the Pod is of before", j.remake(r)}
 	}
 	switch names := impsync.PullSecrets(j.pod.Spec.ImagePullSecrets); {
+	case !j.seesAccount:
+		return verdict{CauseNotNamed, "the Pod does not name Secret " + found.Secret + ", and whether its " + account + " does by now is unknown", own}
+	case j.account == nil:
+		return verdict{CauseNotNamed, "the Pod does not name Secret " + found.Secret + ", and its " + account + " is not there (any more)", own}
 	case j.hasOwnPullSecrets():
-		return verdict{CauseOwnPullSecrets, fmt.Sprintf("the Pod names pull Secrets of its own (%s), and so gets none of its ServiceAccount's; %s is not among them", strings.Join(names, ", "), found.Secret), own}
+		return verdict{CauseOwnPullSecrets, fmt.Sprintf("the Pod has pull Secrets of its own (%s), and so gets none of its ServiceAccount's; %s is not among them", strings.Join(names, ", "), found.Secret), own}
 	case found.AccountNames == No:
 		if accounts, _ := impsync.CompileAccounts(r.Spec.Target.ServiceAccounts); accounts != nil && accounts.Matches(j.account.Name, j.account.Labels) {
 			return verdict{CauseNotAttached, account + " is to name Secret " + found.Secret + ", and does not", "kubectl describe imps " + r.Name + ": " + v1alpha1.ConditionServiceAccountsReady + " says why"}
@@ -391,13 +561,12 @@ func (j *judge) notNamed(r *v1alpha1.ImagePullSecret, found *Resource) verdict {
 			own + ", or have spec.target.serviceAccounts of the ImagePullSecret select the ServiceAccount, and make the Pod anew"}
 	case found.AttachedAt == nil:
 		return verdict{CauseAttachedLate, account + " names Secret " + found.Secret + ", and the Pod does not: most likely it came before", j.remake(r)}
-	case impsync.CameTooEarly(j.pod, j.account):
-		return verdict{CauseAttachedLate, fmt.Sprintf("the Pod was made at %s, and its %s names Secret %s since %s: it came too early to get the name",
-			clock(j.pod.CreationTimestamp.Time), account, found.Secret, clock(*found.AttachedAt)), j.remake(r)}
-	default:
-		return verdict{CauseNameRemoved, fmt.Sprintf("the Pod was made at %s, and its %s names Secret %s since %s; something has taken the name out of the Pod, as a webhook can",
-			clock(j.pod.CreationTimestamp.Time), account, found.Secret, clock(*found.AttachedAt)), own + ", or find what changes Pods: kubectl get mutatingwebhookconfigurations"}
 	}
+	times := fmt.Sprintf("the Pod was made at %s, and its %s names Secret %s since %s at the latest", clock(j.pod.CreationTimestamp.Time), account, found.Secret, clock(*found.AttachedAt))
+	if impsync.CameTooEarly(j.pod, j.account) {
+		return verdict{CauseAttachedLate, times + ": it came too early to get the name", j.remake(r)}
+	}
+	return verdict{CauseNameRemoved, times + "; something has taken the name out of the Pod, as a webhook can", own + ", or find what changes Pods: kubectl get mutatingwebhookconfigurations"}
 }
 
 // hasOwnPullSecrets reports whether the Pod was given a list of its own, and so gets none of its ServiceAccount's
@@ -413,34 +582,47 @@ func (j *judge) hasOwnPullSecrets() bool {
 // remake says how the Pod is made anew.
 func (j *judge) remake(r *v1alpha1.ImagePullSecret) string {
 	owner := metav1.GetControllerOf(j.pod)
-	if owner == nil || j.template == nil && j.seesTemplate {
+	if owner == nil {
 		return "delete the Pod and make it anew: it has no controller that would"
 	}
 	next := fmt.Sprintf("kubectl delete pod -n %s %s: %s %s makes it anew", j.pod.Namespace, j.pod.Name, owner.Kind, owner.Name)
-	if r.Spec.Target.Rescue {
-		next += "; or wait: imps evicts it, where --allow-rescue and disruption budgets allow that, one of a controller in ten minutes"
+	switch {
+	case j.template == nil && j.seesTemplate:
+		return next + ", if it is still there, and does such things"
+	case r.Spec.Target.Rescue:
+		return next + "; or wait: imps evicts it, where --allow-rescue and disruption budgets allow that, one of a controller in ten minutes"
+	default:
+		return next
 	}
-	return next
 }
 
+// longestBackOff is how long a kubelet waits at most before it pulls again, and some.
+const longestBackOff = 6 * time.Minute
+
 // pulls is the verdict where all is in its place.
-func (j *judge) pulls(found *Resource, s *secret, c *Container, failing bool, describe string) verdict {
+func (j *judge) pulls(r *v1alpha1.ImagePullSecret, found *Resource, s *secret, c *Container, failing bool, describe string) verdict {
+	secret := "Secret " + found.Secret + " is there, and the Pod names it"
+	if s == nil {
+		secret = "the Pod names Secret " + found.Secret + ", which cannot be read with these rights"
+	}
 	switch {
 	case found.Expires != nil && !j.now.Before(*found.Expires):
 		return verdict{CauseExpired, "its credentials for the image have expired at " + clock(*found.Expires) + ", and were not renewed", describe + ": SourcesReady tells why"}
 	case !failing:
-		return verdict{CauseServed, "Secret " + found.Secret + " is there, and the Pod names it", "nothing"}
-	case c.ErrorTime != nil && s != nil && c.ErrorTime.Before(s.written):
+		return verdict{CauseServed, secret, "nothing"}
+	case s != nil && c.ErrorTime != nil && c.ErrorTime.Before(s.written) && j.now.Sub(s.written) < longestBackOff:
 		return verdict{CauseBackOff, fmt.Sprintf("the last pull failed at %s, and Secret %s is as it is since %s", clock(*c.ErrorTime), found.Secret, clock(s.written)),
 			"wait: the kubelet tries again within five minutes, and then finds it"}
 	}
 	switch cause := failureOf(c); cause {
 	case CauseRefused:
-		return verdict{cause, "the registry refuses the credentials in Secret " + found.Secret, "try the credentials of its sources by hand; they may lack the right to pull " + c.Repository}
+		return verdict{cause, secret + "; the registry refuses what it holds", "try the credentials of the sources of ImagePullSecret " + r.Name + " by hand; they may lack the right to pull " + c.Repository}
 	case CauseImageNotFound:
-		return verdict{cause, "the registry says that there is no such image", "check its name and tag; some registries say so as well to those who have no right to it"}
+		return verdict{cause, secret + "; the registry says that there is no such image", "check its name and tag; some registries say so as well to those who have no right to it"}
+	case CauseLimited:
+		return verdict{cause, secret + "; the registry limits how many are pulled", "wait, or raise the limit of that account"}
 	default:
-		return verdict{CausePullFailed, "Secret " + found.Secret + " is there, and the Pod names it; the pull fails for another reason", "the kubelet's error says more"}
+		return verdict{CausePullFailed, secret + "; why the pull fails all the same, the kubelet does not tell", "kubectl describe pod, and the kubelet's log, may say more"}
 	}
 }
 

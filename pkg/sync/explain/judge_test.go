@@ -1,6 +1,8 @@
 package explain
 
 import (
+	"encoding/json"
+	"strings"
 	"testing"
 	"time"
 
@@ -8,6 +10,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
+
+// canary stands for a credential. No test may find it where things are printed.
+const canary = "canary-8c31f7-never-printed"
 
 // A cluster without imps is told so, where a pull has failed.
 func TestAClusterWithoutImps(t *testing.T) {
@@ -36,14 +41,66 @@ func TestAClusterWithoutImps(t *testing.T) {
 	require.Equal(t, CauseFinished, (&facts{pod: pod}).explain(nil, time.Now()).Containers[0].Cause)
 }
 
-// Of several Events about pulls that which tells of the image counts, and of these the last.
+// The kubelet's status tells of the last pull; Events tell when, or what, where that does not.
 func TestTheKubeletsLastErrorAboutAnImage(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
-	j := &judge{facts: &facts{failures: []failure{
+	j := &judge{facts: &facts{pod: &corev1.Pod{}, failures: []failure{
 		{`Failed to pull image "r.one/app": b`, noon.Add(time.Minute)}, {"Error: ErrImagePull", noon}, {`Failed to pull image "r.one/app": a`, noon}, {`Failed to pull image "r.one/app2": c`, noon},
 	}}}
-	require.Equal(t, `Failed to pull image "r.one/app": b`, j.lastFailure("r.one/app").message)
-	require.Equal(t, `Failed to pull image "r.one/app2": c`, j.lastFailure("r.one/app2").message)
-	require.Nil(t, j.lastFailure("r.one/ap"))
+	for name, test := range map[string]struct {
+		image, message, want string
+		at                   time.Time
+		unknown              bool
+	}{
+		"the status tells, and an Event when":   {image: "r.one/app", message: `Back-off pulling image "r.one/app": ErrImagePull: b`, want: `Failed to pull image "r.one/app": b`, at: noon.Add(time.Minute)},
+		"the status tells something newer":      {image: "r.one/app", message: `Back-off pulling image "r.one/app": ErrImagePull: 401 Unauthorized`, want: "401 Unauthorized"},
+		"the status of the pull itself":         {image: "r.one/app2", message: "c", want: `Failed to pull image "r.one/app2": c`, at: noon},
+		"only Events tell":                      {image: "r.one/app", message: `Back-off pulling image "r.one/app"`, want: `Failed to pull image "r.one/app": b`, at: noon.Add(time.Minute)},
+		"nothing tells":                         {image: "r.one/ap", message: `Back-off pulling image "r.one/ap"`, want: `Back-off pulling image "r.one/ap"`, unknown: true},
+		"a link in it is cut, and what it asks": {image: "x", message: "GET https://u:p@s3.example/a?X-Amz-Signature=" + canary + "&x: 403", want: "GET https://u:p@s3.example/a?X-Amz-Signature=" + canary + "&x: 403"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := Container{Image: test.image}
+			j.lastError(&c, test.message)
+			require.Equal(t, test.want, c.Error)
+			require.Equal(t, test.unknown, c.unknownError)
+			if test.at.IsZero() {
+				require.Nil(t, c.ErrorTime)
+			} else {
+				require.Equal(t, test.at, *c.ErrorTime)
+			}
+		})
+	}
+}
+
+func TestWhatOthersWroteIsPrintable(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		"plain":         "plain",
+		"a\x1b[31mb\nc": "a [31mb c",
+		"Get \"https://user:" + canary + "@r.one/v2/?x=" + canary + "&y\": 403": `Get "https://r.one/v2/?...": 403`,
+		"https://user:" + canary + "@r.one/v2/ 403":                             "https://r.one/v2/ 403",
+		strings.Repeat("é", 2000):                                               strings.Repeat("é", 1000) + "...",
+	} {
+		require.Equal(t, want, printable(text))
+	}
+}
+
+// Nothing that stands in a Pod, a Secret or a resource gets to a terminal as it is.
+func TestNamesOfTenantsArePrintable(t *testing.T) {
+	t.Parallel()
+	const evil = "a\x1b[2J"
+	yes := true
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "n", Name: "p", OwnerReferences: []metav1.OwnerReference{{Kind: "X" + evil, Name: evil, Controller: &yes}}},
+		Spec:       corev1.PodSpec{NodeName: "n1", ImagePullSecrets: []corev1.LocalObjectReference{{Name: evil}}, Containers: []corev1.Container{{Name: "app", Image: "r.one/app"}}},
+		Status: corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{{
+			Name: "app", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ErrImagePull", Message: "401 Unauthorized" + evil}},
+		}}},
+	}
+	f := &facts{pod: pod, installed: true, seesAccount: true, seesPods: true, unknown: []string{evil}, secrets: map[string]*secret{evil: nil}}
+	raw, err := json.Marshal(f.explain(nil, time.Now()))
+	require.NoError(t, err)
+	require.NotContains(t, string(raw), `\u001b`)
 }
