@@ -1,0 +1,247 @@
+package main
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/imps-node/imps/pkg/nodecache"
+)
+
+// canary stands for a credential. No test may find it where things are printed.
+const canary = "canary-8c31f7-never-printed"
+
+type password string
+
+func (p password) Reveal() string { return string(p) }
+
+// cache returns a folder with records of the node and of the namespaces a, b and c, of which c has nothing.
+func cache(t *testing.T) (dir string, writer *nodecache.Writer) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "imps")
+	w, err := nodecache.Open(dir)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = w.Close() })
+	entry := func(secret string, lasts time.Duration) []nodecache.Entry {
+		e := nodecache.Entry{Key: "r.one", Username: password("u"), Password: password(secret)}
+		if lasts != 0 {
+			e.Expires = time.Now().Add(lasts)
+		}
+		return []nodecache.Entry{e}
+	}
+	require.NoError(t, w.Set(nodecache.Node, append(entry("of the node", 0), nodecache.Entry{Key: "r.two/team", Username: password("u"), Password: password("2")})))
+	require.NoError(t, w.Set(nodecache.InNamespace("a"), entry("of a", 3*time.Minute)))
+	require.NoError(t, w.Set(nodecache.InNamespace("b"), entry("of b", margin)))
+	require.NoError(t, w.Set(nodecache.InNamespace("c"), nil))
+	return dir, w
+}
+
+// ask runs the provider for a request.
+func ask(t *testing.T, request string, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errOut bytes.Buffer
+	code = run(args, strings.NewReader(request), &out, &errOut)
+	require.NotContains(t, errOut.String(), canary)
+	return code, out.String(), errOut.String()
+}
+
+// asks is a request as kubelets send it.
+func asks(image, token string) string {
+	r := map[string]any{"kind": kindRequest, "apiVersion": apiVersion, "image": image, "serviceAccountAnnotations": map[string]string{"x": "y"}}
+	if token != "" {
+		r["serviceAccountToken"] = token
+	}
+	raw, err := json.Marshal(r)
+	if err != nil {
+		panic(err)
+	}
+	return string(raw)
+}
+
+// tokenOf is a token with these claims, where those of a Pod in the namespace a are changed by pairs of old and new text.
+func tokenOf(changes ...string) string {
+	payload := fmt.Sprintf(`{"aud":["imps"],"exp":%d,"iss":"https://kubernetes.default.svc","kubernetes.io":{"namespace":"a","node":{"name":"n"},`+
+		`"pod":{"name":"p","uid":"1"},"serviceaccount":{"name":"default","uid":"2"}},"sub":"system:serviceaccount:a:default"}`, time.Now().Add(time.Hour).Unix())
+	for i := 0; i < len(changes); i += 2 {
+		if !strings.Contains(payload, changes[i]) {
+			panic(changes[i])
+		}
+		payload = strings.Replace(payload, changes[i], changes[i+1], 1)
+	}
+	return "eyJhbGciOiJSUzI1NiJ9." + base64.RawURLEncoding.EncodeToString([]byte(payload)) + ".c2lnbmVk"
+}
+
+const miss = `{"apiVersion":"credentialprovider.kubelet.k8s.io/v1","kind":"CredentialProviderResponse","cacheKeyType":"Image","cacheDuration":"0s","auth":{}}`
+
+func TestAnswers(t *testing.T) {
+	t.Parallel()
+	dir, _ := cache(t)
+	hit := func(auth string) string {
+		return `{"apiVersion":"credentialprovider.kubelet.k8s.io/v1","kind":"CredentialProviderResponse","cacheKeyType":"Registry","cacheDuration":"5m0s","auth":{` + auth + `}}`
+	}
+	ofA := tokenOf()
+	tests := map[string]struct{ request, want string }{
+		"of the node": {asks("r.one/app", ""), hit(`"r.one":{"username":"u","password":"of the node"}`)},
+		"what is for some repositories of a registry goes with it": {asks("r.two/other", ""), hit(`"r.two/team":{"username":"u","password":"2"}`)},
+		"nothing":                                  {asks("r.three/app", ""), miss},
+		"no registry":                              {asks("app", ""), miss},
+		"of a namespace that has nothing":          {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"c"`, "account:a:", "account:c:")), miss},
+		"of a namespace, for what the node has":    {asks("r.two/team", ofA), miss},
+		"of a namespace whose token expires soon":  {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"b"`, "account:a:", "account:b:")), miss},
+		"with a token for another audience":        {asks("r.one/app", tokenOf(`["imps"]`, `["https://kubernetes.default.svc"]`)), miss},
+		"with a token for none":                    {asks("r.one/app", tokenOf(`["imps"]`, `[]`)), miss},
+		"with a token that names another subject":  {asks("r.one/app", tokenOf("account:a:", "account:b:")), miss},
+		"with a token of no ServiceAccount":        {asks("r.one/app", tokenOf(`"name":"default"`, `"name":""`, "a:default", "a:")), miss},
+		"with a token without a namespace":         {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":""`, "account:a:", "account::")), miss},
+		"with a token of a namespace that is none": {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"../node"`, "account:a:", "account:../node:")), miss},
+		"with a token that has expired":            {asks("r.one/app", tokenOf(`"exp":1`, `"exp":0`)), miss},
+		"with a token that is none":                {asks("r.one/app", "x.y.z"), miss},
+		"with a token in two parts":                {asks("r.one/app", ofA[:strings.LastIndex(ofA, ".")]), miss},
+		"with a token whose claims are no object":  {asks("r.one/app", "e30.W10.e30"), miss},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			code, stdout, stderr := ask(t, test.request, "--cache-dir="+dir)
+			require.Zero(t, code)
+			require.Empty(t, stderr)
+			require.Equal(t, test.want, stdout)
+		})
+	}
+	for name, token := range map[string]string{"a list of audiences": ofA, "one audience": tokenOf(`["imps"]`, `"imps"`), "several audiences": tokenOf(`["imps"]`, `["x","imps"]`)} {
+		t.Run("of its namespace, with "+name, func(t *testing.T) {
+			_, stdout, _ := ask(t, asks("r.one/app", token), "--cache-dir="+dir)
+			var r response
+			require.NoError(t, json.Unmarshal([]byte(stdout), &r))
+			require.Equal(t, map[string]auth{"r.one": {"u", "of a"}}, r.Auth)
+			lasts, err := time.ParseDuration(r.CacheDuration)
+			require.NoError(t, err)
+			require.Greater(t, lasts, time.Minute, "what remains, but for the margin")
+			require.LessOrEqual(t, lasts, 2*time.Minute)
+		})
+	}
+	t.Run("for an audience of the installation's own", func(t *testing.T) {
+		_, stdout, _ := ask(t, asks("r.one/app", tokenOf(`["imps"]`, `["pull"]`)), "--cache-dir="+dir, "--token-audience=pull")
+		require.Contains(t, stdout, "of a")
+		_, stdout, _ = ask(t, asks("r.one/app", ofA), "--cache-dir="+dir, "--token-audience=pull")
+		require.Equal(t, miss, stdout)
+	})
+	t.Run("from a folder that is not there", func(t *testing.T) {
+		code, stdout, _ := ask(t, asks("r.one/app", ""), "--cache-dir="+filepath.Join(dir, "nowhere"))
+		require.Zero(t, code)
+		require.Equal(t, miss, stdout)
+	})
+}
+
+// A namespace that the agent has not dealt with yet is waited for, as long as there is an agent.
+func TestANamespaceThatIsNotKnownYet(t *testing.T) {
+	t.Parallel()
+	dir, w := cache(t)
+	request := asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"new"`, "account:a:", "account:new:"))
+	answer := make(chan string, 1)
+	go func() {
+		var out bytes.Buffer
+		run([]string{"--cache-dir=" + dir}, strings.NewReader(request), &out, &out)
+		answer <- out.String()
+	}()
+	require.NoError(t, w.Set(nodecache.InNamespace("new"), []nodecache.Entry{{Key: "r.one", Username: password("u"), Password: password("of new")}}))
+	require.Contains(t, <-answer, "of new")
+
+	unknown := asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"unknown"`, "account:a:", "account:unknown:"))
+	began := time.Now()
+	_, stdout, _ := ask(t, unknown, "--cache-dir="+dir)
+	require.Equal(t, miss, stdout)
+	require.GreaterOrEqual(t, time.Since(began), patience)
+	require.NoError(t, w.Close())
+	_, stdout, _ = ask(t, unknown, "--cache-dir="+dir)
+	require.Equal(t, miss, stdout)
+}
+
+func TestWhatIsNoRequest(t *testing.T) {
+	t.Parallel()
+	dir, _ := cache(t)
+	good := asks("r.one/app", canary)
+	for name, c := range map[string]struct{ request, want string }{
+		"nothing":           {"", "no JSON"},
+		"no JSON":           {"GET / " + canary, "no JSON"},
+		"no object":         {"[]", "no JSON"},
+		"two objects":       {good + good, "no JSON"},
+		"another kind":      {strings.Replace(good, kindRequest, canary, 1), "not of kind CredentialProviderRequest"},
+		"another version":   {strings.Replace(good, apiVersion, "credentialprovider.kubelet.k8s.io/v2", 1), "not of kind CredentialProviderRequest"},
+		"no image":          {asks("", canary), "names no image"},
+		"more than a bit":   {good + strings.Repeat(" ", maxRequestBytes), "too large"},
+		"an image of a map": {strings.Replace(good, `"r.one/app"`, `{"`+canary+`":1}`, 1), "no JSON"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			code, stdout, stderr := ask(t, c.request, "--cache-dir="+dir)
+			require.Equal(t, 1, code)
+			require.Empty(t, stdout)
+			require.Regexp(t, `^imps-credprovider: [^\n]*`+c.want+`[^\n]*\n$`, stderr)
+		})
+	}
+	for _, args := range [][]string{{"--" + canary}, {"get-credentials"}, {"--cache-dir="}, {"--token-audience="}} {
+		code, stdout, stderr := ask(t, asks("r.one/app", ""), args...)
+		require.Equal(t, 1, code)
+		require.Empty(t, stdout)
+		require.Equal(t, 1, strings.Count(stderr, "\n"))
+	}
+}
+
+func TestVersionAndHelp(t *testing.T) {
+	t.Parallel()
+	code, stdout, stderr := ask(t, "", "--version")
+	require.Zero(t, code)
+	require.Empty(t, stderr)
+	require.Regexp(t, `^imps-credprovider dev, go1\.\S+, \w+/\w+\n$`, stdout)
+	code, stdout, stderr = ask(t, "", "--help")
+	require.Zero(t, code)
+	require.Empty(t, stdout)
+	require.Contains(t, stderr, "-cache-dir folder")
+}
+
+// What the kubelet starts for a pull is the standard library and the node cache, and nothing else.
+func TestDependencies(t *testing.T) {
+	t.Parallel()
+	out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", ".").Output()
+	require.NoError(t, err)
+	require.Equal(t, []string{"github.com/imps-node/imps/pkg/nodecache", "github.com/imps-node/imps/cmd/imps-credprovider"}, strings.Fields(string(out)))
+	out, err = exec.CommandContext(t.Context(), "go", "list", "-deps", ".").Output()
+	require.NoError(t, err)
+	for dependency := range strings.FieldsSeq(string(out)) {
+		require.NotContains(t, []string{"net", "net/http", "os/exec", "crypto/tls"}, dependency)
+	}
+}
+
+// Whatever is asked, the answer is an answer or an error, and never a credential on stderr.
+func FuzzRun(f *testing.F) {
+	dir := filepath.Join(f.TempDir(), "imps")
+	w, err := nodecache.Open(dir)
+	require.NoError(f, err)
+	require.NoError(f, w.Set(nodecache.Node, []nodecache.Entry{{Key: "r.one", Username: password("u"), Password: password(canary)}}))
+	require.NoError(f, w.Close())
+	f.Add([]byte(asks("r.one/app", "")))
+	f.Add([]byte(asks("r.one/app", tokenOf())))
+	f.Fuzz(func(t *testing.T, request []byte) {
+		var out, errOut bytes.Buffer
+		code := run([]string{"--cache-dir=" + dir}, bytes.NewReader(request), &out, &errOut)
+		require.NotContains(t, errOut.String(), canary)
+		if code != 0 {
+			require.Empty(t, out.String())
+			return
+		}
+		var r response
+		decoder := json.NewDecoder(&out)
+		decoder.DisallowUnknownFields()
+		require.NoError(t, decoder.Decode(&r))
+		lasts, err := time.ParseDuration(r.CacheDuration)
+		require.NoError(t, err)
+		require.Equal(t, len(r.Auth) > 0, lasts > 0)
+	})
+}
