@@ -22,7 +22,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path"
 	"strings"
 	"time"
 )
@@ -89,13 +88,7 @@ func groupOf(key string) (group, error) {
 	if !strings.ContainsAny(host, `*?[\`) {
 		return literal(host), nil
 	}
-	name, port := splitPort(host)
-	for label := range strings.SplitSeq(name, ".") {
-		if _, err := path.Match(label, ""); err != nil {
-			return "", errors.New("a key has a label that is no glob")
-		}
-	}
-	return globs(name, port), nil
+	return globs(splitPort(host)), nil
 }
 
 // literal is the group of a host without globs.
@@ -110,15 +103,26 @@ func globs(name, port string) group {
 	return group(fmt.Sprintf("g-%d-%s", strings.Count(name, ".")+1, hex.EncodeToString(sum[:4])))
 }
 
-// splitPort splits a host as kubelets do (net.SplitHostPort, which takes what has no port for a name).
+// splitPort splits a host as kubelets do: with net.SplitHostPort, and what that refuses is all name. Package net itself would
+// double the time that the provider takes to start.
 func splitPort(host string) (name, port string) {
-	i := strings.LastIndexByte(host, ':')
-	if i < 0 || strings.HasSuffix(host, "]") {
+	colon := strings.LastIndexByte(host, ':')
+	if colon < 0 {
 		return host, ""
 	}
-	name, port = host[:i], host[i+1:]
+	name, port = host[:colon], host[colon+1:]
+	rest := name
 	if inner, ok := strings.CutPrefix(name, "["); ok {
-		name = strings.TrimSuffix(inner, "]")
+		// An IPv6 address ends right before the port.
+		if inner, ok = strings.CutSuffix(inner, "]"); !ok || strings.Contains(inner, "]") {
+			return host, ""
+		}
+		name, rest = inner, inner
+	} else if strings.Contains(name, ":") {
+		return host, ""
+	}
+	if strings.ContainsAny(rest, "[]") || strings.ContainsAny(port, "[]") {
+		return host, ""
 	}
 	return name, port
 }

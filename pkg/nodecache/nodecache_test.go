@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -85,6 +86,24 @@ func TestWhatAHostHasCredentialsFor(t *testing.T) {
 	for _, image := range []string{"", "nginx", "/app", "r.one/", strings.Repeat("a", maxKeyBytes) + "/app"} {
 		_, err := r.Lookup(Node, image, 0)
 		require.Error(t, err, image)
+	}
+}
+
+// As net.SplitHostPort, which is not linked into the provider.
+func TestHostsAreSplitAsTheStandardLibraryDoes(t *testing.T) {
+	t.Parallel()
+	pieces := []string{"a", ".", ":", "[", "]", "5000", "*", "::1", ""}
+	for i := range 9 * 9 * 9 * 9 * 9 {
+		var host strings.Builder
+		for n := i; n > 0; n /= 9 {
+			host.WriteString(pieces[n%9])
+		}
+		wantName, wantPort, err := net.SplitHostPort(host.String())
+		if err != nil {
+			wantName, wantPort = host.String(), ""
+		}
+		name, port := splitPort(host.String())
+		require.Equal(t, []string{wantName, wantPort}, []string{name, port}, host.String())
 	}
 }
 
@@ -319,7 +338,7 @@ func TestAFolderThatCannotBeWrittenTo(t *testing.T) {
 	large := append(entries("r.two=2"), Entry{Key: "r.one", Username: password("u"), Password: password(strings.Repeat("x", MaxRecordBytes))})
 	require.ErrorContains(t, w.Set(Node, large), "are the limit")
 	require.Equal(t, []string{"r.one=new"}, lookup(t, r, Node, "r.one/app"))
-	for _, key := range []string{"", "/app", "[.one", strings.Repeat("a", maxKeyBytes+1)} {
+	for _, key := range []string{"", "/app", strings.Repeat("a", maxKeyBytes+1)} {
 		require.Error(t, w.Set(Node, entries(key+"=1")), key)
 	}
 	require.Equal(t, []string{"r.one=new"}, lookup(t, r, Node, "r.one/app"))
