@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 
@@ -36,7 +38,8 @@ func newPlanCommand(getenv func(string) string) *cobra.Command {
 		Long: `plan shows for each ImagePullSecret of a file, in the cluster as it is now:
 
   - the namespaces that it would select, by what (name, label, annotation, pods), and what would become
-    of the Secret there: create, update, adopt; foreign, claimed, held; excluded, terminating; refused
+    of the Secret there: create, update, adopt; foreign, claimed, held; excluded, terminating; refused; and
+    how many ServiceAccounts would name it, where spec.target.serviceAccounts asks for that
   - the registries that the Secret would hold, and which source wins each: the last that is listed
   - conflicts: a foreign Secret of that name, another ImagePullSecret that claims it, names and namespaces
     that the flags do not allow, sources that are missing or broken, and what is wrong with the spec
@@ -150,9 +153,20 @@ func planTables(table *tabwriter.Writer, plan cluster.PlanResult) {
 	}
 	printRow(table, fmt.Sprintf("ImagePullSecret %s (%s), Secret %s: %d namespaces, %d registries, %d conflicts",
 		plan.Name, state, cmp.Or(plan.Target, "-"), len(plan.Namespaces), len(plan.Registries), len(plan.Conflicts)))
-	section(table, len(plan.Namespaces), "NAMESPACE", "SELECTED BY", "OUTCOME")
+	accounts := slices.ContainsFunc(plan.Namespaces, func(n cluster.PlannedNamespace) bool { return n.ServiceAccounts != nil })
+	columns := []string{"NAMESPACE", "SELECTED BY", "OUTCOME", "SERVICEACCOUNTS"}
+	if !accounts {
+		columns = columns[:3]
+	}
+	section(table, len(plan.Namespaces), columns...)
 	for _, n := range plan.Namespaces {
-		printRow(table, n.Name, strings.Join(n.SelectedBy, ","), string(n.Outcome))
+		row := []string{n.Name, strings.Join(n.SelectedBy, ","), string(n.Outcome)}
+		if n.ServiceAccounts != nil {
+			row = append(row, strconv.Itoa(*n.ServiceAccounts))
+		} else if accounts {
+			row = append(row, "")
+		}
+		printRow(table, row...)
 	}
 	section(table, len(plan.Registries), "REGISTRY", "SOURCE", "OVERRIDES")
 	for _, r := range plan.Registries {

@@ -68,6 +68,7 @@ func (f *uninstallFlags) run(cmd *cobra.Command) error {
 	}
 	err = cluster.Uninstall(cmd.Context(), cluster.UninstallConfig{
 		Namespace: f.namespace, DryRun: f.dryRun, Client: client,
+		Note: func(note string) { _, _ = fmt.Fprintln(cmd.ErrOrStderr(), "imps-node: note:", note) },
 		Done: func(d cluster.Detached) {
 			done++
 			switch {

@@ -317,6 +317,32 @@ func TestPlanOfWhatIsDelivered(t *testing.T) {
 	require.Equal(t, 0, code)
 }
 
+func TestPlanCountsServiceAccounts(t *testing.T) {
+	namespace, excluded := control.Namespace(t, nil), control.Namespace(t, nil)
+	for _, account := range []*corev1.ServiceAccount{
+		{ObjectMeta: metav1.ObjectMeta{Name: "named"}}, {ObjectMeta: metav1.ObjectMeta{Name: "labelled", Labels: map[string]string{"pull": "x"}}}, {ObjectMeta: metav1.ObjectMeta{Name: "other"}},
+	} {
+		for _, n := range []string{namespace, excluded} {
+			_, err := client(t).CoreV1().ServiceAccounts(n).Create(t.Context(), account, metav1.CreateOptions{})
+			require.NoError(t, err)
+		}
+	}
+	hub := source(t, corev1.SecretTypeDockerConfigJson, dockerConfig("ghcr.io"))
+	resource := manifest("{name: accounts}", `
+  target:
+    secret: {name: imps-pull-secret}
+    namespaces: {names: [`+namespace+`, `+excluded+`]}
+    serviceAccounts: {names: [named, absent], labels: [{matchLabels: {pull: x}}]}
+  registry: {credentials: [{name: `+hub+`, namespace: registry-access}]}`)
+	code, stdout, _ := plan(t, control.Kubeconfig(), resource, "--excluded-namespaces="+excluded)
+	require.Zero(t, code)
+	require.Regexp(t, `(?m)^NAMESPACE +SELECTED BY +OUTCOME +SERVICEACCOUNTS$`, stdout)
+	require.Regexp(t, `(?m)^`+namespace+` +name +create +2$`, stdout)
+	require.Regexp(t, `(?m)^`+excluded+` +name +excluded +-$`, stdout)
+	_, plans := planJSON(t, reader(t, "reader-"+namespace), resource)
+	require.Contains(t, plans[0].Unknown, "cannot list ServiceAccounts: forbidden; how many would name the Secret is unknown")
+}
+
 func TestPlanOfSeveralResourcesKnowsThemAll(t *testing.T) {
 	namespace := control.Namespace(t, nil)
 	hub := source(t, corev1.SecretTypeDockerConfigJson, dockerConfig("ghcr.io"))

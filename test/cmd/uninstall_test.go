@@ -91,4 +91,9 @@ func TestUninstall(t *testing.T) {
 	code, out, failure = uninstall(t, control.Kubeconfig())
 	require.Equal(t, 0, code, failure)
 	require.Equal(t, "no ServiceAccount names a Secret of imps\n", out)
+	require.Empty(t, failure)
+
+	code, _, failure = uninstall(t, control.Kubeconfig(), "--namespace=default")
+	require.Equal(t, 0, code)
+	require.Regexp(t, `^imps-node: note: there is no Lease default/\S+: if a coordinator runs in another namespace`, failure)
 }

@@ -53,6 +53,9 @@ type PlannedNamespace struct {
 	// SelectedBy says which kinds of selector match: name, label, annotation, pods.
 	SelectedBy []string    `json:"selectedBy"`
 	Outcome    PlanOutcome `json:"outcome"`
+	// ServiceAccounts is how many of its ServiceAccounts would name the Secret; absent where none is asked for, or they may not
+	// be seen.
+	ServiceAccounts *int `json:"serviceAccounts,omitempty"`
 }
 
 // PlanOutcome is what would become of the target Secret in one namespace.

@@ -259,6 +259,33 @@ func (p *planner) planNamespaces(ctx context.Context, alongside []*v1alpha1.Imag
 		return err
 	}
 	p.judge(view, claim)
+	return p.countAccounts(ctx)
+}
+
+// countAccounts counts the ServiceAccounts that would name the Secret.
+func (p *planner) countAccounts(ctx context.Context) error {
+	accounts, _ := impsync.CompileAccounts(p.resource.Spec.Target.ServiceAccounts)
+	if accounts == nil {
+		return nil
+	}
+	counts := map[string]int{}
+	err := p.eachMetadata(ctx, impsync.ServiceAccountResource, fields.Everything(), func(m *metav1.PartialObjectMetadata) {
+		if accounts.Matches(m.Name, m.Labels) {
+			counts[m.Namespace]++
+		}
+	})
+	may, err := p.may(err, "list ServiceAccounts", "how many would name the Secret is unknown")
+	if !may {
+		return err
+	}
+	for i := range p.result.Namespaces {
+		switch n := &p.result.Namespaces[i]; n.Outcome {
+		case PlanExcluded, PlanTerminating, PlanRefused:
+		default:
+			count := counts[n.Name]
+			n.ServiceAccounts = &count
+		}
+	}
 	return nil
 }
 

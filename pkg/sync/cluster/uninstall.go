@@ -26,6 +26,8 @@ type UninstallConfig struct {
 	DryRun bool
 	// Client is the connection to the API server, with the rights of whoever asks.
 	Client *rest.Config
+	// Note is told what is worth a look.
+	Note func(string)
 	// Done is told of each ServiceAccount, in no order, as it is done.
 	Done func(Detached)
 }
@@ -57,8 +59,12 @@ func Uninstall(ctx context.Context, config UninstallConfig) error {
 	if err != nil {
 		return fmt.Errorf("client: %w", err)
 	}
-	if err := nobodyLeads(ctx, leases, config.Namespace); err != nil {
+	ever, err := nobodyLeads(ctx, leases, config.Namespace)
+	if err != nil {
 		return err
+	}
+	if !ever {
+		config.Note(fmt.Sprintf("there is no Lease %s/%s: if a coordinator runs in another namespace, it does everything again; give --namespace then", config.Namespace, LeaseName))
 	}
 	failed := 0
 	options := metav1.ListOptions{Limit: pageSize}
@@ -89,24 +95,24 @@ func Uninstall(ctx context.Context, config UninstallConfig) error {
 	return nil
 }
 
-// nobodyLeads returns ErrCoordinatorLeads where the Lease is held.
-func nobodyLeads(ctx context.Context, leases coordinationv1client.LeasesGetter, namespace string) error {
+// nobodyLeads returns ErrCoordinatorLeads where the Lease is held, and whether there is a Lease.
+func nobodyLeads(ctx context.Context, leases coordinationv1client.LeasesGetter, namespace string) (ever bool, err error) {
 	lease, err := leases.Leases(namespace).Get(ctx, LeaseName, metav1.GetOptions{})
 	switch {
 	case apierrors.IsNotFound(err):
-		return nil
+		return false, nil
 	case err != nil:
-		return fmt.Errorf("read the Lease %s/%s: %w", namespace, LeaseName, err)
+		return false, fmt.Errorf("read the Lease %s/%s: %w", namespace, LeaseName, err)
 	}
 	s := lease.Spec
 	if s.HolderIdentity == nil || *s.HolderIdentity == "" || s.RenewTime == nil || s.LeaseDurationSeconds == nil {
-		return nil
+		return true, nil
 	}
 	if ends := s.RenewTime.Add(time.Duration(*s.LeaseDurationSeconds) * time.Second); time.Now().Before(ends) {
-		return fmt.Errorf("%w, %s, and would do everything again: scale it to 0 first (kubectl --namespace %s scale deployment imps-coordinator --replicas=0); a Lease that nobody renews ends by itself at %s",
+		return true, fmt.Errorf("%w, %s, and would do everything again: scale it to 0 first (kubectl --namespace %s scale deployment imps-coordinator --replicas=0); a Lease that nobody renews ends by itself at %s",
 			ErrCoordinatorLeads, *s.HolderIdentity, namespace, ends.UTC().Format(time.RFC3339))
 	}
-	return nil
+	return true, nil
 }
 
 // detach takes out of a ServiceAccount what imps has put there.
