@@ -100,6 +100,8 @@ type Rendered struct {
 	Pods       v1alpha1.PodSelector
 	// Rescue: Pods that are stuck on a pull which the Secret serves are to be reported.
 	Rescue bool
+	// Kubelet says which Pods the kubelets of their nodes may serve the credentials to; empty for none.
+	Kubelet v1alpha1.KubeletScope
 	// Expiries are when credentials expire, by registry, those that do.
 	Expiries map[string]time.Time
 	// Target is the object that is applied in every selected namespace.
@@ -117,12 +119,15 @@ type renderedRecord struct {
 	Namespaces         v1alpha1.NamespaceSelector `json:"namespaces"`
 	NamespacesWithPods v1alpha1.PodSelector       `json:"namespacesWithPods"`
 	Rescue             bool                       `json:"rescue,omitempty"`
+	Kubelet            v1alpha1.KubeletScope      `json:"kubelet,omitempty"`
 	Expiries           map[string]time.Time       `json:"expiries,omitempty"`
 }
 
 // EncodeRendered returns the data of the rendered Secret. The same input gives the same bytes.
 func EncodeRendered(r Rendered) (map[string][]byte, error) {
-	record, err := json.Marshal(renderedRecord{Resource: r.Resource, Namespaces: r.Namespaces, NamespacesWithPods: r.Pods, Rescue: r.Rescue, Expiries: r.Expiries})
+	record, err := json.Marshal(renderedRecord{
+		Resource: r.Resource, Namespaces: r.Namespaces, NamespacesWithPods: r.Pods, Rescue: r.Rescue, Kubelet: r.Kubelet, Expiries: r.Expiries,
+	})
 	if err != nil {
 		return nil, fmt.Errorf("encode the rendered form of %s: %w", r.Resource.Name, err)
 	}
@@ -181,7 +186,10 @@ func decodeRendered(data map[string][]byte, versions []int) (Rendered, error) {
 	if record.Resource.UID == "" || record.Resource.UID != target.revision.UID {
 		return Rendered{}, errors.New("rendered form: record and target are of different resources")
 	}
-	return Rendered{FormatVersion: versions[i], Resource: record.Resource, Namespaces: record.Namespaces, Pods: record.NamespacesWithPods, Rescue: record.Rescue, Expiries: record.Expiries, Target: target}, nil
+	return Rendered{
+		FormatVersion: versions[i], Resource: record.Resource, Namespaces: record.Namespaces, Pods: record.NamespacesWithPods,
+		Rescue: record.Rescue, Kubelet: record.Kubelet, Expiries: record.Expiries, Target: target,
+	}, nil
 }
 
 // Target is the Secret that a resource puts into every selected namespace: a complete

@@ -54,7 +54,7 @@ func mustRendered(t *testing.T) Rendered {
 namespaces: {names: [n], labels: [{matchLabels: {team: red}}], annotations: [{matchAnnotations: {url: "https://r.io/<x> & y"}}]}
 namespacesWithPods: {labels: [{}], annotations: [{matchExpressions: [{key: k, operator: DoesNotExist}]}]}
 `)
-	return Rendered{FormatVersion: 1, Resource: refA(), Namespaces: s.Namespaces, Pods: s.Pods, Rescue: true, Target: mustTarget(t, refA(), pullSecret(), 7)}
+	return Rendered{FormatVersion: 1, Resource: refA(), Namespaces: s.Namespaces, Pods: s.Pods, Rescue: true, Kubelet: v1alpha1.KubeletScopeNode, Target: mustTarget(t, refA(), pullSecret(), 7)}
 }
 
 // secret is a Secret as the API server would understand a body.

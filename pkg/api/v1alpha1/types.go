@@ -180,6 +180,18 @@ type KubeletSpec struct {
 	Scope KubeletScope `json:"scope,omitempty"`
 }
 
+// KubeletScope returns which Pods the kubelets may serve; empty for none.
+func (t TargetSpec) KubeletScope() KubeletScope {
+	switch {
+	case t.Kubelet == nil:
+		return ""
+	case t.Kubelet.Scope == "":
+		return KubeletScopeNamespace
+	default:
+		return t.Kubelet.Scope
+	}
+}
+
 // RegistrySpec says where the credentials come from.
 type RegistrySpec struct {
 	// Credentials are merged in this order: for one registry the last listed wins.

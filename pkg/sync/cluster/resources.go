@@ -284,7 +284,7 @@ func (t *term) renderAndPublish(ctx context.Context, r *v1alpha1.ImagePullSecret
 	}
 	next := impsync.Rendered{
 		Resource: impsync.RefOf(r), Namespaces: r.Spec.Target.Namespaces, Pods: r.Spec.Target.NamespacesWithPods,
-		Rescue: r.Spec.Target.Rescue && t.config.AllowRescue, Expiries: credentials.expiries,
+		Rescue: r.Spec.Target.Rescue && t.config.AllowRescue, Kubelet: r.Spec.Target.KubeletScope(), Expiries: credentials.expiries,
 	}
 	return t.render(ctx, c, r.Generation, known, remembered, next, credentials.config, selection, func(counter uint64, config dockerconfig.Sensitive) (impsync.Target, error) {
 		return impsync.NewTarget(next.Resource, r.Spec.Target.Secret, counter, config)
@@ -491,7 +491,7 @@ func (t *term) publish(ctx context.Context, c *claim, generation int64, known *s
 	}
 	reselected := before.Target.IsZero() || before.Target.Name() != next.Target.Name() || !before.SameSelectors(next)
 	if !reselected && before.Target.Revision() == next.Target.Revision() {
-		c.rendered.Rescue = next.Rescue
+		c.rendered.Rescue, c.rendered.Kubelet = next.Rescue, next.Kubelet
 		return nil, nil
 	}
 	if reselected {
@@ -532,7 +532,8 @@ func (t *term) withdraw(ctx context.Context, c *claim, generation int64) error {
 
 func sameRendered(a, b impsync.Rendered) bool {
 	return maps.EqualFunc(a.Expiries, b.Expiries, time.Time.Equal) && a.FormatVersion == b.FormatVersion && a.Target.Revision() == b.Target.Revision() &&
-		a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.Rescue == b.Rescue && a.SameSelectors(b)
+		a.Target.SameContent(b.Target) && a.Resource.Name == b.Resource.Name && a.Rescue == b.Rescue && a.Kubelet == b.Kubelet &&
+		a.SameSelectors(b)
 }
 
 // retire ends a resource that is gone or going: its rendered Secret before its claim, so

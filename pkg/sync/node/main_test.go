@@ -143,7 +143,7 @@ func rendered(t *testing.T, name string, minutes int, target string, counter uin
 	}
 	secret, err := impsync.NewTarget(ref, spec.Secret, counter, dockerconfig.NewSensitive(`{"auths":{"r.io":{"password":"`+canary+`"}}}`))
 	require.NoError(t, err)
-	return impsync.Rendered{FormatVersion: 1, Resource: ref, Namespaces: spec.Namespaces, Pods: spec.NamespacesWithPods, Rescue: spec.Rescue, Target: secret}
+	return impsync.Rendered{FormatVersion: 1, Resource: ref, Namespaces: spec.Namespaces, Pods: spec.NamespacesWithPods, Rescue: spec.Rescue, Kubelet: spec.KubeletScope(), Target: secret}
 }
 
 // serves has the agent see a rendered Secret.

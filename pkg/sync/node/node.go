@@ -27,6 +27,7 @@ import (
 	"k8s.io/client-go/util/workqueue"
 
 	"github.com/imps-node/imps/pkg/dockerconfig"
+	"github.com/imps-node/imps/pkg/nodecache"
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
@@ -57,6 +58,8 @@ type Config struct {
 	// FormatVersions are the versions of the rendered form that it reads;
 	// impsync.FormatVersions where it is nil.
 	FormatVersions []int
+	// Cache is what the kubelet's credential provider answers from; nil for none.
+	Cache Cache
 	// Client is the connection to the API server, with the agent's own identity.
 	Client   *rest.Config
 	Metrics  *impsync.Metrics
@@ -82,15 +85,20 @@ type Agent struct {
 	refused workqueue.TypedRateLimiter[string]
 	// reportDirty holds a token while the report may need a write.
 	reportDirty chan struct{}
-	ready       chan struct{}
+	// cacheDirty holds a token while the node cache may need a write.
+	cacheDirty chan struct{}
+	ready      chan struct{}
 
 	mu sync.Mutex
 	// active is the last readable form of every rendered Secret, by its name.
 	active map[string]*selecting
 	// seen is when each Pod that waits was seen first.
 	seen map[types.NamespacedName]time.Time
-	// namespaces are those with Pods here that wait: no other namespace's rules matter.
+	// namespaces are those with Pods here that wait, and, where there is a node cache, that live: no other namespace's rules
+	// matter.
 	namespaces map[string]*namespace
+	// cached are the scopes of the node cache that this agent has written.
+	cached map[nodecache.Scope]bool
 	// watchNamespace starts the watch of one namespace, and returns what ends it. Run sets it.
 	watchNamespace func(name string, ns *namespace) context.CancelFunc
 }
@@ -101,6 +109,8 @@ type pod struct {
 	labels, annotations map[string]string
 	// waiting: it has a container whose image may still have to be pulled.
 	waiting bool
+	// live: it may pull an image, now or once more.
+	live bool
 	// refused are images of it that it may not pull, and pullSecrets what it names then.
 	refused, pullSecrets []string
 }
@@ -116,13 +126,13 @@ type renderedSecret struct {
 type selecting struct {
 	impsync.Rendered
 	selection *impsync.Selection
-	// credentials are what the Secret holds, where the resource asks for rescue.
+	// credentials are what the Secret holds, where the resource asks for rescue, or for kubelets.
 	credentials dockerconfig.Config
 }
 
 // namespace is a namespace with Pods on this node that wait.
 type namespace struct {
-	waiting int
+	waiting, live int
 	// stop ends its watch; nil where it is not watched, since nothing depends on its labels
 	// and annotations.
 	stop context.CancelFunc
@@ -160,11 +170,13 @@ func New(config Config) (*Agent, error) {
 		config:      config,
 		log:         config.Log.With("duty", duty),
 		reportDirty: make(chan struct{}, 1),
+		cacheDirty:  make(chan struct{}, 1),
 		ready:       make(chan struct{}),
 		active:      map[string]*selecting{},
 		refused:     workqueue.NewTypedItemExponentialFailureRateLimiter[string](impsync.RecheckSoonest, impsync.RecheckInterval),
 		seen:        map[types.NamespacedName]time.Time{},
 		namespaces:  map[string]*namespace{},
+		cached:      map[nodecache.Scope]bool{},
 		fastPath: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "imps_fast_path_seconds",
 			Help:    "From the moment the agent first saw the longest waiting Pod of a namespace to the moment it has created the Secret.",
@@ -262,6 +274,10 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.dirty() // also a node without Pods has a report: it says that there is an agent
 			a.log.Info("serving", "node", a.config.NodeName)
 			serve := []func(context.Context) error{func(ctx context.Context) error { return a.keepReport(ctx, work) }}
+			if a.config.Cache != nil {
+				a.cacheSoon()
+				serve = append(serve, func(ctx context.Context) error { return a.keepCache(ctx, work) })
+			}
 			for range workers {
 				serve = append(serve, func(ctx context.Context) error {
 					for a.next(ctx, work) {
@@ -281,7 +297,7 @@ func (a *Agent) Run(ctx context.Context) error {
 
 func convertPod(o runtime.Object) pod {
 	p := o.(*corev1.Pod)
-	kept := pod{uid: p.UID, labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p), refused: impsync.RefusedImages(p)}
+	kept := pod{uid: p.UID, labels: p.Labels, annotations: p.Annotations, waiting: isWaiting(p), live: !ended(p), refused: impsync.RefusedImages(p)}
 	if len(kept.refused) > 0 {
 		kept.pullSecrets = impsync.PullSecrets(p.Spec.ImagePullSecrets)
 	}
@@ -291,7 +307,7 @@ func convertPod(o runtime.Object) pod {
 // isWaiting reports whether an image of the Pod may still have to be pulled: a container
 // that neither runs nor ever ran.
 func isWaiting(p *corev1.Pod) bool {
-	if p.DeletionTimestamp != nil || p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed {
+	if ended(p) {
 		return false
 	}
 	started := 0
@@ -304,6 +320,11 @@ func isWaiting(p *corev1.Pod) bool {
 		}
 	}
 	return started < len(p.Spec.InitContainers)+len(p.Spec.Containers)
+}
+
+// ended reports whether the Pod will pull no image any more.
+func ended(p *corev1.Pod) bool {
+	return p.DeletionTimestamp != nil || p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed
 }
 
 func (a *Agent) convertRendered(o runtime.Object) renderedSecret {
@@ -321,30 +342,67 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	ns := a.namespaces[key.Namespace]
+	if ns == nil {
+		ns = &namespace{}
+		a.namespaces[key.Namespace] = ns
+	}
 	waited, waits := old != nil && old.waiting, current != nil && current.waiting
 	switch {
 	case waits && !waited:
-		if ns == nil {
-			ns = &namespace{}
-			a.namespaces[key.Namespace] = ns
-		}
 		ns.waiting++
 		a.seen[key] = time.Now()
 	case waited && !waits:
 		delete(a.seen, key)
-		if ns.waiting--; ns.waiting == 0 {
-			if ns.stop != nil {
-				ns.stop()
-			}
-			delete(a.namespaces, key.Namespace)
-		}
+		ns.waiting--
 	}
 	relabelled := old == nil || current == nil || !maps.Equal(old.labels, current.labels) || !maps.Equal(old.annotations, current.annotations)
-	if waits && !waited || current != nil && relabelled && a.namespaces[key.Namespace] != nil {
+	lived, lives := old != nil && old.live, current != nil && current.live
+	if a.config.Cache != nil {
+		if lives && !lived {
+			ns.live++
+		} else if lived && !lives {
+			ns.live--
+		}
+		if relabelled || lives != lived {
+			a.cacheSoon()
+		}
+	}
+	a.release(key.Namespace, ns)
+	if waits && !waited || current != nil && relabelled && ns.waiting > 0 {
 		a.queue.Add(key.Namespace) // by any Pod's labels a namespace is selected for all
 	}
 	if relabelled || !slices.Equal(old.refused, current.refused) {
 		a.dirty()
+	}
+}
+
+// release ends the watch of a namespace that nothing depends on any more, and forgets it. The caller holds the lock.
+func (a *Agent) release(name string, ns *namespace) {
+	if ns.waiting > 0 || ns.live > 0 && a.cacheNeedsMetadata() {
+		return
+	}
+	if ns.stop != nil {
+		ns.stop()
+		ns.stop, ns.known, ns.failed = nil, nil, false
+	}
+	if ns.live == 0 {
+		delete(a.namespaces, name)
+	}
+}
+
+// releaseAll does so with all of them, as what depends on them has changed. The caller holds the lock.
+func (a *Agent) releaseAll() {
+	for name, ns := range a.namespaces {
+		a.release(name, ns)
+	}
+}
+
+// queueWaiting has the namespaces looked at in which a Pod waits. The caller holds the lock.
+func (a *Agent) queueWaiting() {
+	for name, ns := range a.namespaces {
+		if ns.waiting > 0 {
+			a.queue.Add(name)
+		}
 	}
 }
 
@@ -355,10 +413,10 @@ func (a *Agent) renderedChanged(key types.NamespacedName, _, current *renderedSe
 	switch {
 	case current == nil || current.deleting:
 		delete(a.active, key.Name)
-		for name := range a.namespaces {
-			a.queue.Add(name) // another resource may come into its place
-		}
+		a.queueWaiting() // another resource may come into its place
+		a.releaseAll()
 		a.dirty()
+		a.cacheSoon()
 		return
 	case current.err != nil:
 		a.log.Warn("cannot read a rendered Secret, going on with its last readable form", "secret", key.Name, "error", current.err)
@@ -370,6 +428,8 @@ func (a *Agent) renderedChanged(key types.NamespacedName, _, current *renderedSe
 		return
 	}
 	a.active[key.Name] = next
+	a.releaseAll()
+	a.cacheSoon()
 	if was != nil && was.Target.Name() == next.Target.Name() && was.selection == next.selection {
 		// A rotation: the coordinator brings it to every Secret that is there.
 		if was.Rescue || next.Rescue {
@@ -377,9 +437,7 @@ func (a *Agent) renderedChanged(key types.NamespacedName, _, current *renderedSe
 		}
 		return
 	}
-	for name := range a.namespaces {
-		a.queue.Add(name)
-	}
+	a.queueWaiting()
 	a.dirty()
 }
 
@@ -392,7 +450,7 @@ func newSelecting(rendered impsync.Rendered, was *selecting) (*selecting, error)
 	} else if s.selection, _, err = impsync.CompileSelection(rendered.Namespaces, rendered.Pods); err != nil {
 		return nil, err
 	}
-	if rendered.Rescue {
+	if rendered.Rescue || rendered.Kubelet != "" {
 		s.credentials, err = rendered.Target.Credentials()
 	}
 	return s, err
@@ -427,9 +485,10 @@ func (a *Agent) namespaceRead(name string, ns *namespace, current *namespaceMeta
 	}
 	awaited := ns.known != nil || ns.failed
 	ns.known = current
-	if awaited {
+	if awaited && ns.waiting > 0 {
 		a.queue.Add(name)
 	}
+	a.cacheSoon()
 }
 
 // next serves one namespace of the queue; false once ctx has ended. What is begun goes on

@@ -129,7 +129,7 @@ func TestOnlyWhatDecidesIsKeptOfAPod(t *testing.T) {
 		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "x", Labels: web, Annotations: map[string]string{"a": "1"}}}
 		p.Spec.Containers = []corev1.Container{{Env: []corev1.EnvVar{{Name: "TOKEN", Value: canary}}}}
 		kept := convertPod(p)
-		require.Equal(t, pod{labels: web, annotations: map[string]string{"a": "1"}, waiting: true}, kept)
+		require.Equal(t, pod{labels: web, annotations: map[string]string{"a": "1"}, waiting: true, live: true}, kept)
 	})
 }
 
