@@ -42,12 +42,17 @@ func Root(ctx context.Context) (string, error) {
 // and returns the binary's path.
 // root is the folder of the repository.
 func Build(ctx context.Context, root, dir string, args ...string) (string, error) {
-	path, err := filepath.Abs(filepath.Join(dir, "imps-node"))
+	return BuildCommand(ctx, root, dir, "imps-node", args...)
+}
+
+// BuildCommand does the same with any command of the repository.
+func BuildCommand(ctx context.Context, root, dir, command string, args ...string) (string, error) {
+	path, err := filepath.Abs(filepath.Join(dir, command))
 	if err != nil {
 		return "", err
 	}
 	args = append([]string{"-C", root, "build", "-buildvcs=false", "-o", path}, args...)
-	_, err = output(ctx, "go", append(args, "./cmd/imps-node")...)
+	_, err = output(ctx, "go", append(args, "./cmd/"+command)...)
 	return path, err
 }
 
