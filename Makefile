@@ -39,8 +39,8 @@ help: ## Print this list
 ##### Build, test, show
 
 .PHONY: build
-build: need-go need-git ## Build bin/imps-node
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/imps-node
+build: need-go need-git ## Build bin/imps-node and bin/imps-credprovider
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
 
 .PHONY: test
 test: test-unit test-integration ## Run all tests: unit, then on a real API server (25 min; the first run some 10 more)

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/pflag"
 	"k8s.io/apimachinery/pkg/util/validation"
 
+	"github.com/imps-node/imps/pkg/nodecache"
 	impsync "github.com/imps-node/imps/pkg/sync"
 	"github.com/imps-node/imps/pkg/sync/cluster"
 )
@@ -121,6 +122,7 @@ type settings struct {
 	nodeName          string
 	namespace         string
 	renderedNamespace string
+	nodeCacheDir      string
 	kubeAPIQPS        float32
 	demandLinger      time.Duration
 }
@@ -133,6 +135,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.namespace, "namespace", "imps-system", "`namespace` of the Lease, the node reports and the state")
 	flags.StringVar(&s.renderedNamespace, "rendered-namespace", "imps-rendered", "`namespace` of the rendered Secrets, and of nothing else")
 	s.limits.register(flags)
+	flags.StringVar(&s.nodeCacheDir, "node-cache-dir", "", "`folder` on a tmpfs that imps-credprovider answers kubelets from, such as "+nodecache.DefaultDir+"; empty: none")
 	flags.Float32Var(&s.kubeAPIQPS, "kube-api-qps", 0, "`number` of requests a second to the API server; 0: no limit but the server's own")
 	flags.DurationVar(&s.demandLinger, "demand-linger", cluster.DefaultDemandLinger, "`time` for which a namespace keeps its Secret after its last Pod; the cluster duty heeds it")
 	s.process.register(flags)

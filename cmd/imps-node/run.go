@@ -14,6 +14,7 @@ import (
 	authenticationv1client "k8s.io/client-go/kubernetes/typed/authentication/v1"
 	"k8s.io/client-go/rest"
 
+	"github.com/imps-node/imps/pkg/nodecache"
 	impsync "github.com/imps-node/imps/pkg/sync"
 	"github.com/imps-node/imps/pkg/sync/cluster"
 	"github.com/imps-node/imps/pkg/sync/node"
@@ -69,7 +70,7 @@ func (s *settings) run(cmd *cobra.Command) error {
 		"namespace", s.namespace, "renderedNamespace", s.renderedNamespace,
 		"apiServer", client.Host[strings.LastIndexByte(client.Host, '@')+1:], "kubeApiQps", s.kubeAPIQPS, "demandLinger", s.demandLinger.String(),
 		"targetSecretNames", s.targetSecretNames.String(), "sourceNamespaces", s.sourceNamespaces.String(),
-		"excludedNamespaces", s.excludedNamespaces.String(), "allowRescue", s.allowRescue)
+		"excludedNamespaces", s.excludedNamespaces.String(), "allowRescue", s.allowRescue, "nodeCacheDir", s.nodeCacheDir)
 }
 
 // log returns the log of a process, which client-go's goes to as well.
@@ -105,11 +106,19 @@ func newDuties(s *settings, client *rest.Config, registry *prometheus.Registry, 
 	metrics := impsync.NewMetrics(registry)
 	var duties []duty
 	if slices.Contains(s.duties, dutyNode) {
-		agent, err := node.New(node.Config{
+		config := node.Config{
 			NodeName: s.nodeName, Namespace: s.namespace, RenderedNamespace: s.renderedNamespace,
 			Excluded: impsync.Exclusion(s.excludedNamespaces),
 			Client:   client, Metrics: metrics, Registry: registry, Log: log,
-		})
+		}
+		if s.nodeCacheDir != "" {
+			cache, err := nodecache.Open(s.nodeCacheDir) // as long as the process lives
+			if err != nil {
+				return nil, fmt.Errorf("--node-cache-dir: %w", err)
+			}
+			config.Cache = cache
+		}
+		agent, err := node.New(config)
 		if err != nil {
 			return nil, err
 		}
