@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -144,6 +145,9 @@ func TestAnswers(t *testing.T) {
 func TestANamespaceThatIsNotKnownYet(t *testing.T) {
 	t.Parallel()
 	dir, w := cache(t)
+	// Written elsewhere, so that it is there at once: a disk may be slower than the provider waits.
+	elsewhere, other := cache(t)
+	require.NoError(t, other.Set(nodecache.InNamespace("new"), []nodecache.Entry{{Key: "r.one", Username: password("u"), Password: password("of new")}}))
 	request := asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"new"`, "account:a:", "account:new:"))
 	answer := make(chan string, 1)
 	go func() {
@@ -151,7 +155,7 @@ func TestANamespaceThatIsNotKnownYet(t *testing.T) {
 		run([]string{"--cache-dir=" + dir}, strings.NewReader(request), &out, &out)
 		answer <- out.String()
 	}()
-	require.NoError(t, w.Set(nodecache.InNamespace("new"), []nodecache.Entry{{Key: "r.one", Username: password("u"), Password: password("of new")}}))
+	require.NoError(t, os.Rename(filepath.Join(elsewhere, "ns-new"), filepath.Join(dir, "ns-new")))
 	require.Contains(t, <-answer, "of new")
 
 	unknown := asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"unknown"`, "account:a:", "account:unknown:"))

@@ -374,7 +374,11 @@ func TestReadersAndAWriterThatIsKilled(t *testing.T) {
 	for n := 0; n < reads; {
 		command := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestReadersAndAWriterThatIsKilled$")
 		command.Env = append(os.Environ(), "IMPS_NODECACHE_WRITER="+dir)
+		out, err := command.StdoutPipe()
+		require.NoError(t, err)
 		require.NoError(t, command.Start())
+		_, err = out.Read(make([]byte, 1)) // it writes
+		require.NoError(t, err)
 		for until := n + reads/20; n < until; n++ {
 			found, err := r.Lookup(Node, fmt.Sprintf("r%d.one/app", n%10), 0)
 			require.NoError(t, err)
@@ -413,7 +417,9 @@ func rewriteForever(t *testing.T, dir string) {
 		w, err = Open(dir)
 	}
 	for i := 0; err == nil; i++ {
-		err = w.Set(Node, generation(i))
+		if err = w.Set(Node, generation(i)); i == 0 {
+			_, _ = os.Stdout.WriteString("+")
+		}
 	}
 	require.NoError(t, err)
 }
