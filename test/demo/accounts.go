@@ -75,6 +75,15 @@ func (d *demo) attach(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if len(pod.Spec.ImagePullSecrets) == 0 { // docs/serviceaccounts.md, window A
+		d.note("This Pod was faster than its ServiceAccount, as some in 500 are. It is deleted once, and made anew.")
+		if err := d.client.CoreV1().Pods(accountsNamespace).Delete(ctx, pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64)}); err != nil {
+			return fmt.Errorf("delete a Pod: %w", err)
+		}
+		if pod, err = d.deploy(ctx, accountsNamespace); err != nil {
+			return err
+		}
+	}
 	d.note("Namespace and Deployment were applied in one go. The Pod's imagePullSecrets, copied from its ServiceAccount at its admission: %v", pod.Spec.ImagePullSecrets)
 	d.check("the Pod of a Deployment that came with its namespace names the Secret", fmt.Sprint([]corev1.LocalObjectReference{{Name: secretName}}), fmt.Sprint(pod.Spec.ImagePullSecrets))
 	if err := d.explain(ctx, early); err != nil {

@@ -77,8 +77,12 @@ func TestServiceAccountsOfANewNamespace(t *testing.T) {
 	s.resource(s.prefix, attachTo(s.prefix, `{labels: [{}]}`))
 	namespace := s.namespace(map[string]string{s.prefix: "x"}, nil)
 	s.names(namespace, "default", secretName, secretName)
-	pod := s.pod(namespace, "node-a", nil, nil)
-	require.Equal(t, []corev1.LocalObjectReference{{Name: secretName}}, pod.Spec.ImagePullSecrets, "admission copies it")
+	s.eventually(func() error { // admission goes by a watch of its own
+		if pod := s.pod(namespace, "node-a", nil, nil); !slices.Equal(pod.Spec.ImagePullSecrets, []corev1.LocalObjectReference{{Name: secretName}}) {
+			return fmt.Errorf("the Pod names %v", pod.Spec.ImagePullSecrets)
+		}
+		return nil
+	}, "admission does not copy it")
 	s.account(namespace, "later", nil)
 	s.names(namespace, "later", secretName, secretName)
 	s.has(namespace, "registry.one")

@@ -23,6 +23,8 @@ const (
 	// rescueInterval is the shortest time between two evictions of Pods of one controller, rescuePause between any two.
 	rescueInterval = 10 * time.Minute
 	rescuePause    = 200 * time.Millisecond
+	// admissionLag is for how long an API server may admit a Pod by what a ServiceAccount named before: it goes by a watch.
+	admissionLag = 5 * time.Second
 	// stuckMax is how many stuck Pods a node may name: more than a node has.
 	stuckMax = 500
 )
@@ -88,6 +90,10 @@ func (t *term) rescue(ctx context.Context, stuck stuckPod) error {
 	if template == nil || len(template.ImagePullSecrets) > 0 || !impsync.CameTooEarly(pod, account) {
 		// Nobody would make it anew, or it would name what it names now, or would not have come too early.
 		t.rescueQueue.AddAfter(stuck, impsync.RecheckInterval)
+		return nil
+	}
+	if wait := min(admissionLag-time.Since(impsync.AttachedAt(account)), admissionLag); wait > 0 {
+		t.rescueQueue.AddAfter(stuck, wait)
 		return nil
 	}
 	secret := wouldName(pod, account, delivered)
