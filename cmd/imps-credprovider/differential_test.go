@@ -30,7 +30,7 @@ func (g generator) host(glob bool) string {
 	for range 1 + g.IntN(3) {
 		label := g.one("a", "b", "ab", "A", "a-b", "r1")
 		if glob && g.IntN(3) == 0 {
-			label = g.one("*", "a*", "?", "*b", "r?")
+			label = g.one("*", "a*", "*b", "r*")
 		}
 		labels = append(labels, label)
 	}

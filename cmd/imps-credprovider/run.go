@@ -62,6 +62,7 @@ type options struct {
 	cacheDir string
 	audience string
 	version  bool
+	patience time.Duration
 }
 
 // run answers one request, and returns the exit code. Whatever goes to stderr is in the kubelet's log, so that these are fixed
@@ -86,7 +87,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 }
 
 func parse(args []string, stderr io.Writer) (options, error) {
-	var o options
+	o := options{patience: patience}
 	flags := flag.NewFlagSet("imps-credprovider", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // errors quote arguments
 	flags.StringVar(&o.cacheDir, "cache-dir", nodecache.DefaultDir, "`folder` of the node cache")
@@ -152,7 +153,7 @@ func (o options) lookup(r request, now time.Time) response {
 	}
 	reader := nodecache.NewReader(o.cacheDir)
 	found, err := reader.Lookup(scope, r.Image, margin)
-	for deadline := time.Now().Add(patience); errors.Is(err, nodecache.ErrUnknown) && scope != nodecache.Node && time.Now().Before(deadline) && nodecache.Alive(o.cacheDir); {
+	for deadline := time.Now().Add(o.patience); errors.Is(err, nodecache.ErrUnknown) && scope != nodecache.Node && time.Now().Before(deadline) && nodecache.Alive(o.cacheDir); {
 		<-time.After(pause)
 		found, err = reader.Lookup(scope, r.Image, margin)
 	}

@@ -2,9 +2,11 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -145,27 +147,58 @@ func TestAnswers(t *testing.T) {
 func TestANamespaceThatIsNotKnownYet(t *testing.T) {
 	t.Parallel()
 	dir, w := cache(t)
-	// Written elsewhere, so that it is there at once: a disk may be slower than the provider waits.
+	// Written elsewhere, so that it is there at once.
 	elsewhere, other := cache(t)
 	require.NoError(t, other.Set(nodecache.InNamespace("new"), []nodecache.Entry{{Key: "r.one", Username: password("u"), Password: password("of new")}}))
-	request := asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"new"`, "account:a:", "account:new:"))
-	answer := make(chan string, 1)
-	go func() {
-		var out bytes.Buffer
-		run([]string{"--cache-dir=" + dir}, strings.NewReader(request), &out, &out)
-		answer <- out.String()
-	}()
+	of := func(namespace string) request {
+		return request{Image: "r.one/app", ServiceAccountToken: tokenOf(`"namespace":"a"`, `"namespace":"`+namespace+`"`, "account:a:", "account:"+namespace+":")}
+	}
+	patient := options{cacheDir: dir, audience: "imps", patience: time.Hour}
+	answer := make(chan response, 1)
+	go func() { answer <- patient.lookup(of("new"), time.Now()) }()
+	select {
+	case early := <-answer:
+		require.Fail(t, "it does not wait", "%v", early.Auth)
+	case <-time.After(100 * time.Millisecond): // it has looked once, in all likelihood
+	}
 	require.NoError(t, os.Rename(filepath.Join(elsewhere, "ns-new"), filepath.Join(dir, "ns-new")))
-	require.Contains(t, <-answer, "of new")
+	require.Equal(t, map[string]auth{"r.one": {"u", "of new"}}, (<-answer).Auth)
 
-	unknown := asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"unknown"`, "account:a:", "account:unknown:"))
+	impatient := patient
+	impatient.patience = 3 * pause
 	began := time.Now()
-	_, stdout, _ := ask(t, unknown, "--cache-dir="+dir)
-	require.Equal(t, miss, stdout)
-	require.GreaterOrEqual(t, time.Since(began), patience)
+	require.Empty(t, impatient.lookup(of("unknown"), time.Now()).Auth)
+	require.GreaterOrEqual(t, time.Since(began), impatient.patience)
+	// These would take an hour, were they waited for.
+	require.Empty(t, patient.lookup(of("c"), time.Now()).Auth, "it is known to have nothing")
+	require.NoError(t, w.Remove(nodecache.Node))
+	require.Empty(t, patient.lookup(request{Image: "r.one/app"}, time.Now()).Auth, "not for the node")
 	require.NoError(t, w.Close())
-	_, stdout, _ = ask(t, unknown, "--cache-dir="+dir)
-	require.Equal(t, miss, stdout)
+	require.Empty(t, patient.lookup(of("unknown"), time.Now()).Auth, "nobody would write it")
+
+	o, err := parse(nil, io.Discard)
+	require.NoError(t, err)
+	require.Equal(t, 500*time.Millisecond, o.patience)
+}
+
+// Whatever it hangs at, it ends.
+func TestTheHardStop(t *testing.T) {
+	t.Parallel()
+	binary := filepath.Join(t.TempDir(), "provider")
+	out, err := exec.CommandContext(t.Context(), "go", "build", "-o", binary, ".").CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*hardStop)
+	defer cancel()
+	command := exec.CommandContext(ctx, binary)
+	stdin, err := command.StdinPipe() // which says nothing, and does not end
+	require.NoError(t, err)
+	defer func() { _ = stdin.Close() }()
+	var stderr bytes.Buffer
+	command.Stderr = &stderr
+	require.Error(t, command.Run())
+	require.NoError(t, ctx.Err())
+	require.Equal(t, 1, command.ProcessState.ExitCode())
+	require.Equal(t, "imps-credprovider: no answer within 2 s\n", stderr.String())
 }
 
 func TestWhatIsNoRequest(t *testing.T) {

@@ -148,8 +148,10 @@ func (w *Writer) Set(scope Scope, entries []Entry) error {
 			errs = append(errs, w.put(folder, g, written, known))
 		}
 	}
-	errs = append(errs, w.drop(folder, known, func(g group) bool { _, ok := groups[g]; return ok }))
 	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if err := w.drop(folder, known, func(g group) bool { _, ok := groups[g]; return ok }); err != nil {
 		return err
 	}
 	// The index comes last, so that whoever finds it finds all.
@@ -235,6 +237,3 @@ func (w *Writer) Remove(scope Scope) error {
 	}
 	return w.root.RemoveAll(folder)
 }
-
-// Forget has everything written anew by the next Set, as where somebody else may have changed the folder.
-func (w *Writer) Forget() { clear(w.known) }

@@ -200,7 +200,6 @@ func TestDeploymentsThatComeWithTheirNamespaces(t *testing.T) {
 	s.coordinator(allowRescue)
 	s.agent("node-a")
 	early := s.namespace(map[string]string{s.prefix: "x"}, nil) // one at least that comes too early
-	s.account(early, "other", nil)
 	s.cannotPull(s.deploy(early, 1)[0])
 	late := []string{early}
 	s.resource(s.prefix, attachTo(s.prefix, `{names: [default]}`+"\n  rescue: true"))

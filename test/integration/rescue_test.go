@@ -302,9 +302,12 @@ func (s *system) podOf(namespace string, owner *metav1.OwnerReference) *corev1.P
 		owner.UID, owner.Controller = config.UID, &yes
 		pod.OwnerReferences = []metav1.OwnerReference{*owner}
 	}
-	pod, err := s.core.CoreV1().Pods(namespace).Create(s.t.Context(), pod, metav1.CreateOptions{})
-	require.NoError(s.t, err)
-	return pod
+	var created *corev1.Pod
+	s.eventually(func() (err error) { // until the namespace has its ServiceAccount
+		created, err = s.core.CoreV1().Pods(namespace).Create(s.t.Context(), pod, metav1.CreateOptions{})
+		return err
+	}, "cannot create a Pod")
+	return created
 }
 
 // A budget of 0 holds a Pod, until it allows one more; and an agent has no right to evict at all.
@@ -313,7 +316,6 @@ func TestADisruptionBudgetHoldsAStuckPod(t *testing.T) {
 	s.source("hub", dockerConfig("registry.one"))
 	s.agent("node-a")
 	namespace := s.namespace(nil, nil)
-	s.account(namespace, "other", nil)
 	budgets := s.core.PolicyV1().PodDisruptionBudgets(namespace)
 	none := intstr.FromInt32(0)
 	_, err := budgets.Create(t.Context(), &policyv1.PodDisruptionBudget{
@@ -349,7 +351,6 @@ func TestRescueThatIsNotAllowed(t *testing.T) {
 	s.source("hub", dockerConfig("registry.one"))
 	s.agent("node-a")
 	namespace := s.namespace(nil, nil)
-	s.account(namespace, "other", nil)
 	pod := s.deploy(namespace, 1)[0]
 	s.cannotPull(pod)
 	mark := s.control.Audit().Mark()

@@ -422,16 +422,12 @@ func (c *attachment) patch() ([]byte, error) {
 	for _, name := range c.names {
 		refs = append(refs, corev1.LocalObjectReference{Name: name})
 	}
-	annotations := map[string]any{}
-	added := slices.ContainsFunc(c.names, func(name string) bool { return !slices.Contains(c.was.pullSecrets, name) })
-	switch {
-	case len(c.remembered) == 0: // null takes an annotation off
-		annotations[impsync.AnnotationAttached], annotations[impsync.AnnotationAttachedAt] = nil, nil
-	case added:
-		annotations[impsync.AnnotationAttachedAt] = time.Now().UTC().Format(time.RFC3339)
-		fallthrough
-	default:
-		annotations[impsync.AnnotationAttached] = strings.Join(c.remembered, ",")
+	annotations := map[string]any{impsync.AnnotationAttached: nil, impsync.AnnotationAttachedAt: nil} // null takes one off
+	if len(c.remembered) > 0 {
+		annotations = map[string]any{impsync.AnnotationAttached: strings.Join(c.remembered, ",")}
+		if slices.ContainsFunc(c.names, func(name string) bool { return !slices.Contains(c.was.pullSecrets, name) }) {
+			annotations[impsync.AnnotationAttachedAt] = time.Now().UTC().Format(time.RFC3339)
+		}
 	}
 	return json.Marshal(map[string]any{
 		"metadata": map[string]any{

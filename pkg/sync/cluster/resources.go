@@ -491,7 +491,7 @@ func (t *term) publish(ctx context.Context, c *claim, generation int64, known *s
 	}
 	reselected := before.Target.IsZero() || before.Target.Name() != next.Target.Name() || !before.SameSelectors(next)
 	if !reselected && before.Target.Revision() == next.Target.Revision() {
-		c.rendered.Rescue, c.rendered.Kubelet = next.Rescue, next.Kubelet
+		c.rendered = next
 		return nil, nil
 	}
 	if reselected {

@@ -177,17 +177,20 @@ func (j *judge) conclude(c Container, pulled, failing bool) Container {
 	return c
 }
 
-// signed is the part of a URL that may hold a signature, or a password.
-var signed = regexp.MustCompile(`(https?://)(?:[^/\s"'@]*@)?([^\s"'?]*)\?[^\s"']*`)
+// The parts of a URL that may hold a password, or a signature.
+var (
+	userInformation = regexp.MustCompile(`(https?://)[^/\s"'@]*@`)
+	query           = regexp.MustCompile(`(https?://[^\s"'?]*)\?[^\s"']*`)
+)
 
 // printable is a text that others have written, without what a terminal would obey, without what may be a credential in a URL, and
 // not endless.
 func printable(text string) string {
 	const most = 2000
-	if text = signed.ReplaceAllString(text, "$1$2?..."); len(text) > most {
+	text = query.ReplaceAllString(userInformation.ReplaceAllString(text, "$1"), "$1?...")
+	if len(text) > most {
 		text = strings.ToValidUTF8(text[:most], "") + "..."
 	}
-	text = userInformation.ReplaceAllString(text, "$1")
 	return strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
 			return ' '
@@ -195,8 +198,6 @@ func printable(text string) string {
 		return r
 	}, text)
 }
-
-var userInformation = regexp.MustCompile(`(https?://)[^/\s"'@]*@`)
 
 // judge is the verdict on a container.
 func (j *judge) judge(c *Container, pulled, failing bool) verdict {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
@@ -73,7 +72,7 @@ func (a *Agent) writeCache(ctx context.Context) error {
 		return errors.Join(append(errs, fmt.Errorf("node cache: %w", err))...)
 	}
 	// What an agent before has written stays as it is, as long as a rendered Secret cannot be read that it may be of.
-	keep := a.cannotRead()
+	keep := len(a.unread()) > 0
 	for _, scope := range there {
 		_, ok := wanted[scope]
 		if ok || keep && !a.cached[scope] || slices.Contains(unread, scope.Namespace) {
@@ -96,19 +95,6 @@ func (a *Agent) writeCache(ctx context.Context) error {
 		a.cached[scope] = true
 	}
 	return errors.Join(errs...)
-}
-
-// cannotRead reports whether there is a rendered Secret of which this agent has never been able to read anything.
-func (a *Agent) cannotRead() bool {
-	a.mu.Lock()
-	active := maps.Clone(a.active)
-	a.mu.Unlock()
-	cannot := false
-	a.rendered.Range(func(key types.NamespacedName, r renderedSecret) bool {
-		cannot = active[key.Name] == nil && !r.deleting
-		return !cannot
-	})
-	return cannot
 }
 
 // cacheNeedsMetadata reports whether labels or annotations of a namespace decide what its Pods may pull. The caller holds the

@@ -367,7 +367,7 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 			a.cacheSoon()
 		}
 	}
-	a.release(key.Namespace, ns)
+	a.release(key.Namespace, ns, a.config.Cache != nil && a.cacheNeedsMetadata())
 	if waits && !waited || current != nil && relabelled && ns.waiting > 0 {
 		a.queue.Add(key.Namespace) // by any Pod's labels a namespace is selected for all
 	}
@@ -376,9 +376,10 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 	}
 }
 
-// release ends the watch of a namespace that nothing depends on any more, and forgets it. The caller holds the lock.
-func (a *Agent) release(name string, ns *namespace) {
-	if ns.waiting > 0 || ns.live > 0 && a.cacheNeedsMetadata() {
+// release ends the watch of a namespace that nothing depends on any more, and forgets it. The metadata of those with Pods that
+// live may be needed. The caller holds the lock.
+func (a *Agent) release(name string, ns *namespace, needed bool) {
+	if ns.waiting > 0 || ns.live > 0 && needed {
 		return
 	}
 	if ns.stop != nil {
@@ -392,8 +393,9 @@ func (a *Agent) release(name string, ns *namespace) {
 
 // releaseAll does so with all of them, as what depends on them has changed. The caller holds the lock.
 func (a *Agent) releaseAll() {
+	needed := a.cacheNeedsMetadata()
 	for name, ns := range a.namespaces {
-		a.release(name, ns)
+		a.release(name, ns, needed)
 	}
 }
 

@@ -83,9 +83,7 @@ func (a *Agent) writeReport(ctx context.Context) (wrote bool, err error) {
 func (a *Agent) currentReport() impsync.Report {
 	a.mu.Lock()
 	var byPods, rescuing []*selecting
-	inForce := map[string]bool{}
-	for name, s := range a.active {
-		inForce[name] = true
+	for _, s := range a.active {
 		if s.selection.HasPodRules() {
 			byPods = append(byPods, s)
 		}
@@ -101,14 +99,7 @@ func (a *Agent) currentReport() impsync.Report {
 	}
 	// Of what this agent has never been able to read, the demand stays that was reported
 	// last: by the agent before, which could.
-	unread := map[types.UID]bool{}
-	a.rendered.Range(func(key types.NamespacedName, r renderedSecret) bool {
-		if !inForce[key.Name] && !r.deleting {
-			unread[impsync.UIDOfRendered(key.Name)] = true
-		}
-		return true
-	})
-	if len(unread) > 0 {
+	if unread := a.unread(); len(unread) > 0 {
 		a.keepDemand(report.Demand, unread)
 	}
 	if len(byPods)+len(rescuing) == 0 {
@@ -143,6 +134,23 @@ func (a *Agent) currentReport() impsync.Report {
 // it is helped by the kubelet, which reads it at each try.
 func (s *selecting) wouldHelp(p pod) bool {
 	return !slices.Contains(p.pullSecrets, s.Target.Name()) && slices.ContainsFunc(p.refused, s.credentials.Serves)
+}
+
+// unread are the resources of whose rendered Secrets this agent has never been able to read anything.
+func (a *Agent) unread() map[types.UID]bool {
+	unread := map[types.UID]bool{}
+	a.rendered.Range(func(key types.NamespacedName, r renderedSecret) bool {
+		if !r.deleting {
+			unread[impsync.UIDOfRendered(key.Name)] = true
+		}
+		return true
+	})
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for name := range a.active {
+		delete(unread, impsync.UIDOfRendered(name))
+	}
+	return unread
 }
 
 // keepDemand adds what the last report demands for these resources, as far as there still
