@@ -13,6 +13,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/imps-node/imps/pkg/dockerconfig"
 	"github.com/imps-node/imps/pkg/nodecache"
 )
 
@@ -38,7 +39,7 @@ func (g generator) host(glob bool) string {
 }
 
 func (g generator) key() string {
-	return g.host(true) + g.one("", "", "/a", "/a/b", "/library", "/app", "/ap", "/a/", "/*", "/%2f")
+	return g.one("", "", "", "https://", "http://") + g.host(true) + g.one("", "", "", "/v1", "/v2") + g.one("", "", "/a", "/a/b", "/library", "/app", "/ap", "/a/", "/*", "/%2f", "/%61", "/a?b", "/a#b")
 }
 
 func (g generator) image() string {
@@ -68,17 +69,20 @@ func TestAKubeletTriesWhatItWouldWithAllCredentials(t *testing.T) {
 	cases, hits := bufio.NewWriter(in), 0
 	for range sets {
 		keys := map[string]bool{}
-		for range 1 + g.IntN(12) {
+		for range 1 + g.IntN(24) {
 			keys[g.key()] = true
 		}
 		var entries []nodecache.Entry
 		c := map[string]any{}
 		var names []string
 		for key := range keys {
+			// As the agent brings them.
+			key, err := dockerconfig.Normalize(key)
+			require.NoError(t, err)
 			names = append(names, key)
 			entries = append(entries, nodecache.Entry{Key: key, Username: password(key), Password: password("p")})
 		}
-		require.NoError(t, w.Set(nodecache.Node, entries))
+		set(t, w, nodecache.Node, entries)
 		c["keys"] = names
 		for range images {
 			image := g.image()

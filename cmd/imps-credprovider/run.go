@@ -26,14 +26,18 @@ const (
 	// margin is how long a credential must still be good: the pull may have to wait for others.
 	margin = time.Minute
 	// cacheLongest is how long the kubelet keeps an answer: it learns from no refusal, so that what was revoked or rotated is
-	// served that long.
-	cacheLongest = 5 * time.Minute
+	// served that long. cacheWithheld is how long it keeps one from which something was left out that expires.
+	cacheLongest, cacheWithheld = 5 * time.Minute, time.Second
 
 	// patience is how long a namespace is waited for that the agent has not dealt with yet, since a pull that fails backs off for
-	// ten seconds; every pause there is another look.
-	patience = 500 * time.Millisecond
-	pause    = 5 * time.Millisecond
+	// ten seconds. After a pause there is another look.
+	patience                    = 500 * time.Millisecond
+	pauseShortest, pauseLongest = time.Millisecond, 16 * time.Millisecond
 )
+
+// Scopes that a provider entry of the kubelet's configuration may have: one whose requests come with tokens, and one whose
+// requests come without.
+const scopeNode, scopeNamespace = "Node", "Namespace"
 
 // request is what the kubelet asks (k8s.io/kubelet/pkg/apis/credentialprovider/v1). Fields that newer ones add are no matter.
 type request struct {
@@ -61,6 +65,7 @@ type auth struct {
 type options struct {
 	cacheDir string
 	audience string
+	scope    string
 	version  bool
 	patience time.Duration
 }
@@ -92,6 +97,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	flags.SetOutput(io.Discard) // errors quote arguments
 	flags.StringVar(&o.cacheDir, "cache-dir", nodecache.DefaultDir, "`folder` of the node cache")
 	flags.StringVar(&o.audience, "token-audience", "imps", "`audience` that the tokens of ServiceAccounts are for")
+	flags.StringVar(&o.scope, "scope", scopeNode, "`scope` of the entry in the kubelet's configuration: "+scopeNode+", or "+scopeNamespace+
+		" for one with tokenAttributes, which is not answered without a token")
 	flags.BoolVar(&o.version, "version", false, "print the version")
 	flags.Usage = func() {}
 	err := flags.Parse(args)
@@ -105,6 +112,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		return o, errors.New("a flag is not known, or wrong; see --help")
 	case o.cacheDir == "" || o.audience == "":
 		return o, errors.New("--cache-dir and --token-audience must not be empty")
+	case o.scope != scopeNode && o.scope != scopeNamespace:
+		return o, errors.New("--scope must be " + scopeNode + " or " + scopeNamespace)
 	}
 	return o, nil
 }
@@ -143,26 +152,33 @@ func (o options) lookup(r request, now time.Time) response {
 	// Not kept by the kubelet, which would keep an empty answer for as long as its configuration says without this.
 	none := response{APIVersion: apiVersion, Kind: kindResponse, CacheKeyType: "Image", CacheDuration: "0s", Auth: map[string]auth{}}
 	scope := nodecache.Node
-	if r.ServiceAccountToken != "" {
+	switch {
+	case r.ServiceAccountToken != "":
 		// Never of the node, or of another namespace.
 		namespace, ok := namespaceOf(r.ServiceAccountToken, o.audience, now)
 		if !ok {
 			return none
 		}
 		scope = nodecache.InNamespace(namespace)
+	case o.scope != scopeNode:
+		return none
 	}
 	reader := nodecache.NewReader(o.cacheDir)
 	found, err := reader.Lookup(scope, r.Image, margin)
-	for deadline := time.Now().Add(o.patience); errors.Is(err, nodecache.ErrUnknown) && scope != nodecache.Node && time.Now().Before(deadline) && nodecache.Alive(o.cacheDir); {
-		<-time.After(pause)
+	if errors.Is(err, nodecache.ErrUnknown) && scope != nodecache.Node && o.await(reader, scope) {
 		found, err = reader.Lookup(scope, r.Image, margin)
 	}
-	if err != nil || len(found) == 0 {
+	// What does not serve this image must not be kept for it.
+	if err != nil || !found.Matches {
 		return none
 	}
 	lasts := cacheLongest
 	answer := response{APIVersion: apiVersion, Kind: kindResponse, CacheKeyType: "Registry", Auth: map[string]auth{}}
-	for _, c := range found {
+	if found.Withheld {
+		// What expires will have been replaced in a moment, and may serve other images of the registry better.
+		lasts, answer.CacheKeyType = cacheWithheld, "Image"
+	}
+	for _, c := range found.Credentials {
 		if left, expires := c.Left(); expires {
 			lasts = min(lasts, left-margin)
 		}
@@ -171,4 +187,19 @@ func (o options) lookup(r request, now time.Time) response {
 	}
 	answer.CacheDuration = lasts.String()
 	return answer
+}
+
+// await waits for what the agent is to say about a scope, as long as there is an agent, and reports whether it came.
+func (o options) await(reader *nodecache.Reader, scope nodecache.Scope) bool {
+	deadline := time.Now().Add(o.patience)
+	for pause, look := pauseShortest, 0; time.Now().Before(deadline); pause, look = min(2*pause, pauseLongest), look+1 {
+		if look%8 == 0 && !nodecache.Alive(o.cacheDir) {
+			return false
+		}
+		<-time.After(pause)
+		if reader.Known(scope) {
+			return true
+		}
+	}
+	return false
 }

@@ -40,11 +40,22 @@ func cache(t *testing.T) (dir string, writer *nodecache.Writer) {
 		}
 		return []nodecache.Entry{e}
 	}
-	require.NoError(t, w.Set(nodecache.Node, append(entry("of the node", 0), nodecache.Entry{Key: "r.two/team", Username: password("u"), Password: password("2")})))
-	require.NoError(t, w.Set(nodecache.InNamespace("a"), entry("of a", 3*time.Minute)))
-	require.NoError(t, w.Set(nodecache.InNamespace("b"), entry("of b", margin)))
-	require.NoError(t, w.Set(nodecache.InNamespace("c"), nil))
+	expiring := entry("for a team, for a moment", 3*time.Second)[0]
+	expiring.Key += "/team"
+	set(t, w, nodecache.Node, append(entry("of the node", 0), nodecache.Entry{Key: "r.two/team", Username: password("u"), Password: password("2")}))
+	set(t, w, nodecache.InNamespace("a"), entry("of a", 3*time.Minute))
+	set(t, w, nodecache.InNamespace("b"), entry("of b", margin))
+	set(t, w, nodecache.InNamespace("c"), nil)
+	set(t, w, nodecache.InNamespace("d"), append(entry("of d", 0), expiring))
 	return dir, w
+}
+
+// set has a scope of a node cache hold entries, all of them.
+func set(t testing.TB, w *nodecache.Writer, scope nodecache.Scope, entries []nodecache.Entry) {
+	t.Helper()
+	skipped, err := w.Set(scope, entries)
+	require.NoError(t, err)
+	require.Zero(t, skipped)
 }
 
 // ask runs the provider for a request.
@@ -82,6 +93,11 @@ func tokenOf(changes ...string) string {
 	return "eyJhbGciOiJSUzI1NiJ9." + base64.RawURLEncoding.EncodeToString([]byte(payload)) + ".c2lnbmVk"
 }
 
+// tokenFor is that of a Pod in another namespace.
+func tokenFor(namespace string) string {
+	return tokenOf(`"namespace":"a"`, `"namespace":"`+namespace+`"`, "account:a:", "account:"+namespace+":")
+}
+
 const miss = `{"apiVersion":"credentialprovider.kubelet.k8s.io/v1","kind":"CredentialProviderResponse","cacheKeyType":"Image","cacheDuration":"0s","auth":{}}`
 
 func TestAnswers(t *testing.T) {
@@ -93,12 +109,14 @@ func TestAnswers(t *testing.T) {
 	ofA := tokenOf()
 	tests := map[string]struct{ request, want string }{
 		"of the node": {asks("r.one/app", ""), hit(`"r.one":{"username":"u","password":"of the node"}`)},
-		"what is for some repositories of a registry goes with it": {asks("r.two/other", ""), hit(`"r.two/team":{"username":"u","password":"2"}`)},
+		"what is for some repositories of a registry":      {asks("r.two/team/app", ""), hit(`"r.two/team":{"username":"u","password":"2"}`)},
+		"nothing but what is for other repositories of it": {asks("r.two/other", ""), miss},
+		"short, where something is about to be replaced":   {asks("r.one/team/app", tokenFor("d")), strings.NewReplacer("Registry", "Image", "5m0s", "1s").Replace(hit(`"r.one":{"username":"u","password":"of d"}`))},
 		"nothing":                                  {asks("r.three/app", ""), miss},
 		"no registry":                              {asks("app", ""), miss},
-		"of a namespace that has nothing":          {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"c"`, "account:a:", "account:c:")), miss},
+		"of a namespace that has nothing":          {asks("r.one/app", tokenFor("c")), miss},
 		"of a namespace, for what the node has":    {asks("r.two/team", ofA), miss},
-		"of a namespace whose token expires soon":  {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"b"`, "account:a:", "account:b:")), miss},
+		"of a namespace whose token expires soon":  {asks("r.one/app", tokenFor("b")), miss},
 		"with a token for another audience":        {asks("r.one/app", tokenOf(`["imps"]`, `["https://kubernetes.default.svc"]`)), miss},
 		"with a token for none":                    {asks("r.one/app", tokenOf(`["imps"]`, `[]`)), miss},
 		"with a token that names another subject":  {asks("r.one/app", tokenOf("account:a:", "account:b:")), miss},
@@ -136,6 +154,12 @@ func TestAnswers(t *testing.T) {
 		_, stdout, _ = ask(t, asks("r.one/app", ofA), "--cache-dir="+dir, "--token-audience=pull")
 		require.Equal(t, miss, stdout)
 	})
+	t.Run("in an entry for tokens", func(t *testing.T) {
+		_, stdout, _ := ask(t, asks("r.one/app", ofA), "--cache-dir="+dir, "--scope=Namespace")
+		require.Contains(t, stdout, "of a")
+		_, stdout, _ = ask(t, asks("r.one/app", ""), "--cache-dir="+dir, "--scope=Namespace")
+		require.Equal(t, miss, stdout, "the node's are not for it")
+	})
 	t.Run("from a folder that is not there", func(t *testing.T) {
 		code, stdout, _ := ask(t, asks("r.one/app", ""), "--cache-dir="+filepath.Join(dir, "nowhere"))
 		require.Zero(t, code)
@@ -149,11 +173,11 @@ func TestANamespaceThatIsNotKnownYet(t *testing.T) {
 	dir, w := cache(t)
 	// Written elsewhere, so that it is there at once.
 	elsewhere, other := cache(t)
-	require.NoError(t, other.Set(nodecache.InNamespace("new"), []nodecache.Entry{{Key: "r.one", Username: password("u"), Password: password("of new")}}))
+	set(t, other, nodecache.InNamespace("new"), []nodecache.Entry{{Key: "r.one", Username: password("u"), Password: password("of new")}})
 	of := func(namespace string) request {
-		return request{Image: "r.one/app", ServiceAccountToken: tokenOf(`"namespace":"a"`, `"namespace":"`+namespace+`"`, "account:a:", "account:"+namespace+":")}
+		return request{Image: "r.one/app", ServiceAccountToken: tokenFor(namespace)}
 	}
-	patient := options{cacheDir: dir, audience: "imps", patience: time.Hour}
+	patient := options{cacheDir: dir, audience: "imps", scope: scopeNode, patience: time.Hour}
 	answer := make(chan response, 1)
 	go func() { answer <- patient.lookup(of("new"), time.Now()) }()
 	select {
@@ -165,7 +189,7 @@ func TestANamespaceThatIsNotKnownYet(t *testing.T) {
 	require.Equal(t, map[string]auth{"r.one": {"u", "of new"}}, (<-answer).Auth)
 
 	impatient := patient
-	impatient.patience = 3 * pause
+	impatient.patience = 3 * pauseLongest
 	began := time.Now()
 	require.Empty(t, impatient.lookup(of("unknown"), time.Now()).Auth)
 	require.GreaterOrEqual(t, time.Since(began), impatient.patience)
@@ -223,7 +247,7 @@ func TestWhatIsNoRequest(t *testing.T) {
 			require.Regexp(t, `^imps-credprovider: [^\n]*`+c.want+`[^\n]*\n$`, stderr)
 		})
 	}
-	for _, args := range [][]string{{"--" + canary}, {"get-credentials"}, {"--cache-dir="}, {"--token-audience="}} {
+	for _, args := range [][]string{{"--" + canary}, {"get-credentials"}, {"--cache-dir="}, {"--token-audience="}, {"--scope=" + canary}} {
 		code, stdout, stderr := ask(t, asks("r.one/app", ""), args...)
 		require.Equal(t, 1, code)
 		require.Empty(t, stdout)
@@ -261,7 +285,7 @@ func FuzzRun(f *testing.F) {
 	dir := filepath.Join(f.TempDir(), "imps")
 	w, err := nodecache.Open(dir)
 	require.NoError(f, err)
-	require.NoError(f, w.Set(nodecache.Node, []nodecache.Entry{{Key: "r.one", Username: password("u"), Password: password(canary)}}))
+	set(f, w, nodecache.Node, []nodecache.Entry{{Key: "r.one", Username: password("u"), Password: password(canary)}})
 	require.NoError(f, w.Close())
 	f.Add([]byte(asks("r.one/app", "")))
 	f.Add([]byte(asks("r.one/app", tokenOf())))

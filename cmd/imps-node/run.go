@@ -14,7 +14,6 @@ import (
 	authenticationv1client "k8s.io/client-go/kubernetes/typed/authentication/v1"
 	"k8s.io/client-go/rest"
 
-	"github.com/imps-node/imps/pkg/nodecache"
 	impsync "github.com/imps-node/imps/pkg/sync"
 	"github.com/imps-node/imps/pkg/sync/cluster"
 	"github.com/imps-node/imps/pkg/sync/node"
@@ -106,19 +105,12 @@ func newDuties(s *settings, client *rest.Config, registry *prometheus.Registry, 
 	metrics := impsync.NewMetrics(registry)
 	var duties []duty
 	if slices.Contains(s.duties, dutyNode) {
-		config := node.Config{
+		agent, err := node.New(node.Config{
 			NodeName: s.nodeName, Namespace: s.namespace, RenderedNamespace: s.renderedNamespace,
 			Excluded: impsync.Exclusion(s.excludedNamespaces),
+			CacheDir: s.nodeCacheDir,
 			Client:   client, Metrics: metrics, Registry: registry, Log: log,
-		}
-		if s.nodeCacheDir != "" {
-			cache, err := nodecache.Open(s.nodeCacheDir) // as long as the process lives
-			if err != nil {
-				return nil, fmt.Errorf("--node-cache-dir: %w", err)
-			}
-			config.Cache = cache
-		}
-		agent, err := node.New(config)
+		})
 		if err != nil {
 			return nil, err
 		}

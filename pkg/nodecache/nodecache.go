@@ -3,12 +3,13 @@
 //
 // A folder holds one folder for each scope: what every Pod of the node may use, or the Pods of one namespace. In it there is
 // one record for each host that there are credentials for, so that the time of an answer does not grow with their number, and
-// an index, without which the scope is not known. Keys whose host has a glob are grouped by what they can match, the number
-// of labels and the port.
+// an index, without which the scope is not known. Keys whose host has globs are in the record of its shape: *.r.example is that
+// of a*.r.example, too. The index lists which labels are globs in any shape, so that a reader tries those shapes alone.
 //
 //	/run/imps/lock
 //	/run/imps/node/index
 //	/run/imps/node/h-<SHA-256 of host>
+//	/run/imps/node/g-<SHA-256 of shape>
 //	/run/imps/ns-<namespace>/index
 //	...
 //
@@ -22,6 +23,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -69,7 +71,7 @@ type Secret interface{ Reveal() string }
 // Entry is a credential.
 type Entry struct {
 	// Key is what it is for, in the form that a kubelet brings keys of docker configs to: host[:port][/path], in which the
-	// labels of the host may be globs (path.Match).
+	// labels of the host may be globs (path.Match). One with an escape (%) is not taken.
 	Key                string
 	Username, Password Secret
 	// Expires is when it expires; zero where it does not.
@@ -79,17 +81,30 @@ type Entry struct {
 // group is the name of the file that holds the entries of a host, or of all hosts with globs of one shape.
 type group string
 
-// groupOf returns the group of a key.
-func groupOf(key string) (group, error) {
+// groupOf returns the group of a key, and the mask of its host, which is empty for one without globs. A key that kubelets would
+// read otherwise than by its host and its path has none.
+func groupOf(key string) (g group, mask string, err error) {
 	host, _, _ := strings.Cut(key, "/")
-	if host == "" || len(key) > maxKeyBytes {
-		return "", errors.New("a key has no host, or is too long")
+	if host == "" || len(key) > maxKeyBytes || strings.ContainsAny(key, "?#@% \t\r\n\x00") || strings.Contains(key, "://") {
+		return "", "", errors.New("a key is not of the form host[:port][/path], or too long")
 	}
-	if !strings.ContainsAny(host, `*?[\`) {
-		return literal(host), nil
+	if !strings.ContainsAny(host, globbing) {
+		return literal(host), "", nil
 	}
-	return globs(splitPort(host)), nil
+	name, _ := splitPort(host)
+	var m strings.Builder
+	for label := range strings.SplitSeq(name, ".") {
+		if strings.ContainsAny(label, globbing) {
+			m.WriteByte('*')
+		} else {
+			m.WriteByte('-')
+		}
+	}
+	return shape(host, m.String()), m.String(), nil
 }
+
+// globbing are the characters that make a label a glob (path.Match); the fourth, "?", begins the query of a URL.
+const globbing = `*[\`
 
 // literal is the group of a host without globs.
 func literal(host string) group {
@@ -97,10 +112,21 @@ func literal(host string) group {
 	return group("h-" + hex.EncodeToString(sum[:]))
 }
 
-// globs is the group of all keys with globs that can match a host of this name: those with as many labels, and this port.
-func globs(name, port string) group {
-	sum := sha256.Sum256([]byte(port))
-	return group(fmt.Sprintf("g-%d-%s", strings.Count(name, ".")+1, hex.EncodeToString(sum[:4])))
+// shape is the group of all keys whose globs, in the labels that the mask marks with "*", may match a host; empty where the host
+// has another number of labels.
+func shape(host, mask string) group {
+	name, port := splitPort(host)
+	labels := strings.Split(name, ".")
+	if len(labels) != len(mask) {
+		return ""
+	}
+	for i := range labels {
+		if mask[i] == '*' {
+			labels[i] = "*"
+		}
+	}
+	sum := sha256.Sum256([]byte(strings.Join(labels, ".") + ":" + port))
+	return group("g-" + hex.EncodeToString(sum[:]))
 }
 
 // splitPort splits a host as kubelets do: with net.SplitHostPort, and what that refuses is all name. Package net itself would
@@ -134,6 +160,9 @@ type record struct {
 	Group   group          `json:"group"`
 	Written instant        `json:"written"`
 	Entries []writtenEntry `json:"entries,omitempty"`
+	// Of an index: which labels of hosts are globs, and what changes whenever a group comes or goes.
+	Masks      []string `json:"masks,omitempty"`
+	Generation string   `json:"generation,omitempty"`
 }
 
 // indexGroup is the group of the index.
@@ -157,7 +186,7 @@ func encode(r record) ([]byte, error) {
 	sum := sha256.Sum256(body)
 	raw := fmt.Appendf(nil, "%s %s %s\n", magic, versions[len(versions)-1], hex.EncodeToString(sum[:]))
 	if raw = append(raw, body...); len(raw) > MaxRecordBytes {
-		return nil, fmt.Errorf("a record has %d bytes, where %d are the limit", len(raw), MaxRecordBytes)
+		return nil, errSize
 	}
 	return raw, nil
 }
@@ -168,6 +197,7 @@ var (
 	errVersion = errors.New("it is a record of another version")
 	errSum     = errors.New("it is not as it was written")
 	errPlace   = errors.New("it is the record of something else")
+	errSize    = errors.New("it is too large")
 )
 
 // decode is the inverse of encode, for the record of a group of a scope.
@@ -177,11 +207,7 @@ func decode(raw []byte, scope string, g group) (record, error) {
 	if !ok || len(fields) != 3 || fields[0] != magic {
 		return record{}, errFormat
 	}
-	known := false
-	for _, v := range versions {
-		known = known || v == fields[1]
-	}
-	if !known {
+	if !slices.Contains(versions, fields[1]) {
 		return record{}, errVersion
 	}
 	if sum := sha256.Sum256(body); hex.EncodeToString(sum[:]) != fields[2] {

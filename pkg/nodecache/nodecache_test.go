@@ -45,13 +45,21 @@ func entries(keys ...string) (all []Entry) {
 	return all
 }
 
+// set has a scope hold entries, all of them.
+func set(t testing.TB, w *Writer, scope Scope, entries []Entry) {
+	t.Helper()
+	skipped, err := w.Set(scope, entries)
+	require.NoError(t, err)
+	require.Zero(t, skipped)
+}
+
 // lookup returns what a scope has for an image, "key=password", sorted.
 func lookup(t *testing.T, r *Reader, scope Scope, image string) []string {
 	t.Helper()
 	found, err := r.Lookup(scope, image, 0)
 	require.NoError(t, err)
 	all := []string{}
-	for _, c := range found {
+	for _, c := range found.Credentials {
 		username, secret := c.Reveal()
 		require.Equal(t, "u", username)
 		all = append(all, c.Key()+"="+secret)
@@ -63,8 +71,8 @@ func lookup(t *testing.T, r *Reader, scope Scope, image string) []string {
 func TestWhatAHostHasCredentialsFor(t *testing.T) {
 	t.Parallel()
 	w, r := open(t)
-	require.NoError(t, w.Set(Node, entries("r.one=1", "r.one/team=2", "r.one:5000=3", "*.two=4", "a.*.three/x=5", "*.two:5000=6", "[fd00::1]:5000=7", "index.docker.io=8",
-		"localhost:5000=9", "*=10", "a*.four=11")))
+	set(t, w, Node, entries("r.one=1", "r.one/team=2", "r.one:5000=3", "*.two=4", "a.*.three/x=5", "*.two:5000=6", "[fd00::1]:5000=7", "index.docker.io=8",
+		"localhost:5000=9", "*=10", "a*.four=11", "[ab].four/x=12"))
 	for image, want := range map[string][]string{
 		"r.one/app":               {"r.one/team=2", "r.one=1"},
 		"r.one:5000/app":          {"r.one:5000=3"},
@@ -79,6 +87,7 @@ func TestWhatAHostHasCredentialsFor(t *testing.T) {
 		"localhost:5000/app":      {"localhost:5000=9"},
 		"localhost/app":           {"*=10", "index.docker.io=8"},
 		"ab.four/app":             {"a*.four=11"},
+		"a.four/app":              {"[ab].four/x=12", "a*.four=11"},
 		"other.registry/app":      {},
 	} {
 		require.Equal(t, want, lookup(t, r, Node, image), image)
@@ -112,9 +121,9 @@ func TestScopesAreApart(t *testing.T) {
 	w, r := open(t)
 	_, err := r.Lookup(InNamespace("a"), "r.one/app", 0)
 	require.ErrorIs(t, err, ErrUnknown)
-	require.NoError(t, w.Set(Node, entries("r.one=node")))
-	require.NoError(t, w.Set(InNamespace("a"), entries("r.one=a")))
-	require.NoError(t, w.Set(InNamespace("b"), nil))
+	set(t, w, Node, entries("r.one=node"))
+	set(t, w, InNamespace("a"), entries("r.one=a"))
+	set(t, w, InNamespace("b"), nil)
 	require.Equal(t, []string{"r.one=node"}, lookup(t, r, Node, "r.one/app"))
 	require.Equal(t, []string{"r.one=a"}, lookup(t, r, InNamespace("a"), "r.one/app"))
 	require.Empty(t, lookup(t, r, InNamespace("b"), "r.one/app"), "nothing is an answer, too")
@@ -124,7 +133,8 @@ func TestScopesAreApart(t *testing.T) {
 		_, err = r.Lookup(InNamespace(namespace), "r.one/app", 0)
 		require.Error(t, err)
 		require.NotErrorIs(t, err, ErrUnknown)
-		require.Error(t, w.Set(InNamespace(namespace), nil))
+		_, err = w.Set(InNamespace(namespace), nil)
+		require.Error(t, err)
 	}
 	scopes, err := w.Scopes()
 	require.NoError(t, err)
@@ -133,14 +143,14 @@ func TestScopesAreApart(t *testing.T) {
 	require.NoError(t, w.Remove(InNamespace("a")), "and again")
 	_, err = r.Lookup(InNamespace("a"), "r.one/app", 0)
 	require.ErrorIs(t, err, ErrUnknown)
-	require.NoError(t, w.Set(InNamespace("a"), entries("r.one=again")), "it comes back")
+	set(t, w, InNamespace("a"), entries("r.one=again")) // it comes back
 	require.Equal(t, []string{"r.one=again"}, lookup(t, r, InNamespace("a"), "r.one/app"))
 }
 
 func TestWhatIsAsItShouldBeIsNotWrittenAgain(t *testing.T) {
 	t.Parallel()
 	w, r := open(t)
-	require.NoError(t, w.Set(Node, entries("r.one=1", "r.two=2", "r.three=3")))
+	set(t, w, Node, entries("r.one=1", "r.two=2", "r.three=3"))
 	inodes := func() map[string]uint64 {
 		files, err := os.ReadDir(filepath.Join(w.dir, "node"))
 		require.NoError(t, err)
@@ -155,9 +165,9 @@ func TestWhatIsAsItShouldBeIsNotWrittenAgain(t *testing.T) {
 	}
 	before := inodes()
 	require.Len(t, before, 4)
-	require.NoError(t, w.Set(Node, entries("r.three=3", "r.two=2", "r.one=1")))
+	set(t, w, Node, entries("r.three=3", "r.two=2", "r.one=1"))
 	require.Equal(t, before, inodes())
-	require.NoError(t, w.Set(Node, entries("r.one=1", "r.two=changed")))
+	set(t, w, Node, entries("r.one=1", "r.two=changed"))
 	after := inodes()
 	require.Len(t, after, 3, "what is not to be there is not")
 	require.Equal(t, before[string(literal("r.one"))], after[string(literal("r.one"))])
@@ -192,17 +202,18 @@ func TestWhatExpires(t *testing.T) {
 			w, r := open(t)
 			w.clock = fake(&instant{noon, time.Hour, "boot"})
 			r.clock = fake(&test.now)
-			require.NoError(t, w.Set(Node, append(entries("r.one/ever=1"), Entry{Key: "r.one", Username: password("u"), Password: password("2"), Expires: noon.Add(12 * time.Hour)})))
+			set(t, w, Node, append(entries("r.one/ever=1"), Entry{Key: "r.one", Username: password("u"), Password: password("2"), Expires: noon.Add(12 * time.Hour)}))
 			found, err := r.Lookup(Node, "r.one/app", time.Minute)
 			require.NoError(t, err)
 			var got time.Duration
-			for _, c := range found {
+			for _, c := range found.Credentials {
 				if left, expires := c.Left(); expires {
 					got = left
 				}
 			}
 			require.Equal(t, test.want, got)
-			require.Len(t, found, 1+min(1, int(test.want)), "what does not expire is there, always")
+			require.Equal(t, test.want == 0, found.Withheld)
+			require.Len(t, found.Credentials, 1+min(1, int(test.want)), "what does not expire is there, always")
 		})
 	}
 }
@@ -259,11 +270,11 @@ func TestDoubtfulFiles(t *testing.T) {
 			require.NoError(t, os.Rename(filepath.Join(w.dir, "node", string(literal("r.two"))), record(w)))
 		},
 		"it is that of another namespace": func(t *testing.T, w *Writer) {
-			require.NoError(t, w.Set(InNamespace("a"), entries("r.one="+canary)))
+			set(t, w, InNamespace("a"), entries("r.one="+canary))
 			require.NoError(t, os.Rename(filepath.Join(w.dir, "ns-a", name), record(w)))
 		},
 		"the index is that of another namespace": func(t *testing.T, w *Writer) {
-			require.NoError(t, w.Set(InNamespace("a"), nil))
+			set(t, w, InNamespace("a"), nil)
 			require.NoError(t, os.Rename(filepath.Join(w.dir, "ns-a", "index"), filepath.Join(w.dir, "node", "index")))
 		},
 	}
@@ -274,11 +285,12 @@ func TestDoubtfulFiles(t *testing.T) {
 	for name, spoil := range tests {
 		t.Run(name, func(t *testing.T) {
 			w, r := open(t)
-			require.NoError(t, w.Set(Node, entries("r.one="+canary, "r.two=2")))
+			set(t, w, Node, entries("r.one="+canary, "r.two=2"))
 			spoil(t, w)
 			found, err := r.Lookup(Node, image, 0)
 			require.Error(t, err)
 			require.Empty(t, found)
+			require.NotErrorIs(t, err, ErrUnknown)
 			require.NotContains(t, err.Error(), canary)
 			_, err = os.Lstat(record(w))
 			require.NoError(t, err, "a reader deletes nothing")
@@ -301,7 +313,7 @@ func TestOneWriterAtATime(t *testing.T) {
 	require.True(t, Alive(w.dir))
 	_, err := Open(w.dir)
 	require.ErrorIs(t, err, ErrLocked)
-	require.NoError(t, w.Set(Node, entries("r.one=1")))
+	set(t, w, Node, entries("r.one=1"))
 	require.NoError(t, os.WriteFile(filepath.Join(w.dir, "node", temporary+"left"), nil, 0o600))
 	require.NoError(t, w.Close())
 	require.False(t, Alive(w.dir))
@@ -315,45 +327,15 @@ func TestOneWriterAtATime(t *testing.T) {
 	require.False(t, Alive(filepath.Join(t.TempDir(), "nowhere")))
 }
 
-// What cannot be written is an error, and what was there stays.
-func TestAFolderThatCannotBeWrittenTo(t *testing.T) {
-	t.Parallel()
-	w, r := open(t)
-	require.NoError(t, w.Set(Node, entries("r.one=old")))
-	node := filepath.Join(w.dir, "node")
-	require.NoError(t, os.Rename(node, node+"x"))
-	require.NoError(t, os.WriteFile(node, nil, 0o600))
-	err := w.Set(Node, entries("r.one=new"))
-	require.Error(t, err)
-	require.NotContains(t, err.Error(), "new")
-	require.NoError(t, os.Remove(node))
-	require.NoError(t, os.Rename(node+"x", node))
-	require.Equal(t, []string{"r.one=old"}, lookup(t, r, Node, "r.one/app"))
-	require.NoError(t, w.Set(Node, entries("r.one=new")))
-	require.Equal(t, []string{"r.one=new"}, lookup(t, r, Node, "r.one/app"), "memory is not ahead of the disk")
-
-	large := append(entries("r.two=2"), Entry{Key: "r.one", Username: password("u"), Password: password(strings.Repeat("x", MaxRecordBytes))})
-	require.ErrorContains(t, w.Set(Node, large), "are the limit")
-	require.Equal(t, []string{"r.one=new"}, lookup(t, r, Node, "r.one/app"))
-	large[1].Key = "*.one"
-	require.ErrorContains(t, w.Set(Node, large), "are the limit")
-	require.Equal(t, []string{"r.one=new"}, lookup(t, r, Node, "r.one/app"), "nothing was put in its place")
-	for _, key := range []string{"", "/app", strings.Repeat("a", maxKeyBytes+1)} {
-		require.Error(t, w.Set(Node, entries(key+"=1")), key)
-	}
-	require.Equal(t, []string{"r.one=new"}, lookup(t, r, Node, "r.one/app"))
-	require.ErrorIs(t, func() error { _, err := Open(filepath.Join(node, "index", "x")); return err }(), syscall.ENOTDIR)
-}
-
 func TestACredentialDoesNotPrint(t *testing.T) {
 	t.Parallel()
 	w, r := open(t)
-	require.NoError(t, w.Set(Node, entries("r.one="+canary)))
+	set(t, w, Node, entries("r.one="+canary))
 	found, err := r.Lookup(Node, "r.one/app", 0)
 	require.NoError(t, err)
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 		require.NotContains(t, fmt.Sprintf(verb, found), canary, verb)
-		require.NotContains(t, fmt.Sprintf(verb, &found[0]), canary, verb)
+		require.NotContains(t, fmt.Sprintf(verb, &found.Credentials[0]), canary, verb)
 	}
 }
 
@@ -367,7 +349,7 @@ func TestReadersAndAWriterThatIsKilled(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "imps")
 	w, err := Open(dir)
 	require.NoError(t, err)
-	require.NoError(t, w.Set(Node, generation(0)))
+	set(t, w, Node, generation(0))
 	require.NoError(t, w.Close())
 	r := NewReader(dir)
 	kills, seen := 0, map[string]bool{lookup(t, r, Node, "r0.one/app")[0][len("r0.one="):][:1]: true}
@@ -382,8 +364,8 @@ func TestReadersAndAWriterThatIsKilled(t *testing.T) {
 		for until := n + reads/20; n < until; n++ {
 			found, err := r.Lookup(Node, fmt.Sprintf("r%d.one/app", n%10), 0)
 			require.NoError(t, err)
-			require.Len(t, found, 1)
-			_, secret := found[0].Reveal()
+			require.Len(t, found.Credentials, 1)
+			_, secret := found.Credentials[0].Reveal()
 			require.Equal(t, strings.Repeat(secret[:1], 5000), secret, "torn")
 			seen[secret[:1]] = true
 			runtime.Gosched()
@@ -418,7 +400,7 @@ func rewriteForever(t *testing.T, dir string) {
 	}
 	began := time.Now()
 	for i := 0; err == nil && time.Since(began) < time.Minute; i++ { // or it is killed
-		if err = w.Set(Node, generation(i)); i == 1 { // what was not there before can be read
+		if _, err = w.Set(Node, generation(i)); i == 1 { // what was not there before can be read
 			_, _ = os.Stdout.WriteString("+")
 		}
 	}
@@ -445,7 +427,7 @@ func FuzzLookup(f *testing.F) {
 	w, err := Open(dir)
 	require.NoError(f, err)
 	defer func() { _ = w.Close() }()
-	require.NoError(f, w.Set(Node, entries("r.one=1", "*.two:5000=2", "index.docker.io=3")))
+	set(f, w, Node, entries("r.one=1", "*.two:5000=2", "index.docker.io=3"))
 	r := NewReader(dir)
 	for _, image := range []string{"r.one/app", "a.two:5000/app", "docker.io/library/nginx", "../x", "[::1]:5/x"} {
 		f.Add(image)
@@ -456,7 +438,7 @@ func FuzzLookup(f *testing.F) {
 			return
 		}
 		host, _, _ := strings.Cut(image, "/")
-		for _, c := range found {
+		for _, c := range found.Credentials {
 			require.True(t, matchesHost(c.Key(), host) || c.Key() == hubIndex)
 		}
 	})

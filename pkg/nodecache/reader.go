@@ -48,72 +48,128 @@ func (c Credential) Format(state fmt.State, _ rune) {
 // else matches.
 const hub, hubIndex = "docker.io", "index.docker.io"
 
-// Lookup returns the credentials of a scope for the registry of an image, as a kubelet names it: host[:port]/path. They are for
-// all repositories of that registry, so that the answer holds for each. What expires within margin is left out. ErrUnknown
-// says that there is no index; any other error, that something is not as it should be.
-func (r *Reader) Lookup(scope Scope, image string, margin time.Duration) ([]Credential, error) {
+// Answer is what a scope has for an image.
+type Answer struct {
+	// Credentials are all of the image's registry, so that they are the answer for every repository of it.
+	Credentials []Credential
+	// Matches: one of them is for the image itself.
+	Matches bool
+	// Withheld: there are others, which expire within the margin or have expired.
+	Withheld bool
+}
+
+// Known reports whether there is an index of a scope, whatever it is worth.
+func (r *Reader) Known(scope Scope) bool {
+	folder, err := scope.folder()
+	if err != nil {
+		return false
+	}
+	_, err = os.Lstat(path.Join(r.dir, folder, string(indexGroup)))
+	return err == nil
+}
+
+// Lookup returns what a scope has for an image, as a kubelet names it: host[:port]/path. What expires within margin is withheld.
+// ErrUnknown says that there is no index; any other error, that something is not as it should be.
+func (r *Reader) Lookup(scope Scope, image string, margin time.Duration) (Answer, error) {
 	host, repository, ok := strings.Cut(image, "/")
 	if !ok || host == "" || repository == "" || len(image) > maxKeyBytes {
-		return nil, errors.New("it is no image with a registry")
+		return Answer{}, errors.New("it is no image with a registry")
 	}
 	folder, err := scope.folder()
 	if err != nil {
-		return nil, err
+		return Answer{}, err
 	}
 	now, err := r.clock()
 	if err != nil {
-		return nil, errors.New("the time is not known")
+		return Answer{}, errors.New("the time is not known")
 	}
 	root, err := openFolder(-1, r.dir)
-	if errors.Is(err, syscall.ENOENT) {
-		return nil, ErrUnknown
-	}
 	if err != nil {
-		return nil, err
+		return Answer{}, unknown(err)
 	}
 	defer func() { _ = syscall.Close(root) }()
 	dir, err := openFolder(root, folder)
-	if errors.Is(err, syscall.ENOENT) {
-		return nil, ErrUnknown
-	}
 	if err != nil {
-		return nil, err
+		return Answer{}, unknown(err)
 	}
 	defer func() { _ = syscall.Close(dir) }()
-	if _, err := read(dir, folder, indexGroup); errors.Is(err, syscall.ENOENT) {
-		return nil, ErrUnknown
-	} else if err != nil {
-		return nil, err
+	// A key that moves from one record to another is in neither, for whoever reads the new one before it is there and the old one
+	// when it is gone. The index tells, and no writer is that fast for long.
+	var answer Answer
+	for seen := "-"; ; {
+		index, err := read(dir, folder, indexGroup)
+		if err != nil {
+			return Answer{}, unknown(err)
+		}
+		if index.Generation == seen {
+			return answer, nil
+		}
+		answer, err = find(dir, folder, image, index.Masks, func(e writtenEntry, written instant) (time.Duration, bool) {
+			left := remaining(*e.Expires, written, now)
+			return left, left > margin
+		})
+		if err != nil || answer.Matches {
+			return answer, err
+		}
+		seen = index.Generation
 	}
-	name, port := splitPort(host)
-	groups := []group{literal(host), globs(name, port)}
+}
+
+// unknown is ErrUnknown in place of an error that says that something is not there.
+func unknown(err error) error {
+	if errors.Is(err, syscall.ENOENT) {
+		return ErrUnknown
+	}
+	return err
+}
+
+// find reads the records in which there may be credentials for an image.
+func find(dir int, folder, image string, masks []string, left func(writtenEntry, instant) (time.Duration, bool)) (Answer, error) {
+	host, _, _ := strings.Cut(image, "/")
+	groups := []group{literal(host)}
+	for _, mask := range masks {
+		if g := shape(host, mask); g != "" {
+			groups = append(groups, g)
+		}
+	}
 	if host == hub || !strings.ContainsAny(host, ".:") {
 		groups = append(groups, literal(hubIndex))
 	}
-	var found []Credential
+	var answer Answer
 	for _, g := range groups {
 		record, err := read(dir, folder, g)
 		if errors.Is(err, syscall.ENOENT) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return Answer{}, err
 		}
 		for _, e := range record.Entries {
-			if !matchesHost(e.Key, host) && g != literal(hubIndex) {
+			fallback := g == literal(hubIndex) && e.Key == hubIndex
+			if !matchesHost(e.Key, host) && !fallback {
 				continue
 			}
-			c := Credential{key: e.Key, username: e.Username, password: e.Password}
-			if e.Expires != nil {
-				c.left, c.expires = remaining(*e.Expires, record.Written, now), true
-				if c.left <= margin {
+			c := Credential{key: e.Key, username: e.Username, password: e.Password, expires: e.Expires != nil}
+			if c.expires {
+				var good bool
+				if c.left, good = left(e, record.Written); !good {
+					answer.Withheld = true
 					continue
 				}
 			}
-			found = append(found, c)
+			answer.Credentials = append(answer.Credentials, c)
+			answer.Matches = answer.Matches || fallback || matchesPath(e.Key, image)
 		}
 	}
-	return found, nil
+	return answer, nil
+}
+
+// matchesPath reports whether the path of a key is one for an image, given that its host is: a plain prefix (urlsMatch in
+// pkg/credentialprovider/keyring.go of Kubernetes).
+func matchesPath(key, image string) bool {
+	_, pattern, _ := strings.Cut(key, "/")
+	_, repository, _ := strings.Cut(image, "/")
+	return strings.HasPrefix(repository, pattern)
 }
 
 // matchesHost reports whether the host of a key matches one, as in pkg/credentialprovider/keyring.go of Kubernetes.
@@ -187,7 +243,7 @@ func read(dir int, scope string, g group) (record, error) {
 		return record{}, err
 	}
 	if stat.Size > MaxRecordBytes {
-		return record{}, errors.New("it is too large")
+		return record{}, errSize
 	}
 	raw := make([]byte, stat.Size)
 	for n := 0; n < len(raw); {

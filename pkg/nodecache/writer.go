@@ -3,6 +3,7 @@ package nodecache
 import (
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,15 +14,25 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 )
 
-// ErrLocked says that another process writes the folder.
-var ErrLocked = errors.New("another agent writes the node cache")
+// Errors of a Writer.
+var (
+	// ErrLocked says that another process writes the folder.
+	ErrLocked = errors.New("another agent writes it")
+	// ErrLost says that the folder, or its lock, was moved, removed or opened to others: the Writer is of no use any more, and
+	// what is to be in the folder has to be written by another one.
+	ErrLost = errors.New("the folder is not the one any more that was opened")
+)
 
 const (
 	lockName = "lock"
 	// temporary starts the names of files that are not finished.
 	temporary = "t-"
+	// clockTolerance is how much the clocks may differ, of the machine and a better one, or of now and when a record was
+	// written, before it matters.
+	clockTolerance = 10 * time.Second
 )
 
 // Writer writes records. It is the only one of its folder, as long as it is open. It is not safe for concurrent use.
@@ -30,14 +41,30 @@ type Writer struct {
 	root  *os.Root
 	lock  *os.File
 	clock clock
-	// known is what this Writer has on disk: the checksum of the entries of each group.
-	known map[Scope]map[group][sha256.Size]byte
+	// better is how far a better clock than that of the machine is ahead of the time since the start; zero where there is none.
+	better time.Duration
+	// known is what this Writer has put on disk.
+	known map[Scope]map[group]onDisk
 }
 
-// Open makes the folder, if it is not there, locks it, and sweeps what a writer before has left unfinished. What it has finished
-// stays.
+// onDisk is what a record was when it was written.
+type onDisk struct {
+	content [sha256.Size]byte // the checksum of what it holds, but for the time
+	file    stamp
+	start   time.Time // of the machine, by the clock that dated it
+}
+
+// stamp changes with everything that can be done to a file.
+type stamp struct {
+	inode   uint64
+	size    int64
+	changed syscall.Timespec
+}
+
+// Open makes the folder, if it is not there, closes it to others, locks it, and sweeps what a writer before has left unfinished.
+// What it has finished stays.
 func Open(dir string) (*Writer, error) {
-	w := &Writer{dir: dir, clock: systemClock, known: map[Scope]map[group][sha256.Size]byte{}}
+	w := &Writer{dir: dir, clock: systemClock, known: map[Scope]map[group]onDisk{}}
 	if err := w.open(); err != nil {
 		_ = w.Close()
 		return nil, fmt.Errorf("node cache %s: %w", dir, err)
@@ -49,11 +76,10 @@ func (w *Writer) open() error {
 	if err := os.MkdirAll(w.dir, 0o700); err != nil {
 		return err
 	}
-	fd, err := openFolder(-1, w.dir) // which looks at it
-	if err != nil {
+	if err := closeToOthers(w.dir); err != nil {
 		return err
 	}
-	_ = syscall.Close(fd)
+	var err error
 	if w.root, err = os.OpenRoot(w.dir); err != nil {
 		return err
 	}
@@ -66,7 +92,47 @@ func (w *Writer) open() error {
 		}
 		return err
 	}
+	if err := w.intact(); err != nil {
+		return err
+	}
 	return w.sweep()
+}
+
+// closeToOthers has a folder that is ours be ours alone. Whoever made it may have left it open, as kubelets do for a hostPath.
+func closeToOthers(dir string) error {
+	f, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0) //nolint:gosec // the folder is the caller's
+	if err != nil {
+		return fmt.Errorf("it must be a folder, and no symbolic link: %w", err)
+	}
+	defer func() { _ = f.Close() }()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if owner := info.Sys().(*syscall.Stat_t).Uid; int(owner) != os.Geteuid() {
+		return fmt.Errorf("it belongs to user %d, and must to user %d", owner, os.Geteuid())
+	}
+	return f.Chmod(0o700)
+}
+
+// intact returns ErrLost where others than this Writer's readers may find another folder, or another writer, in its place.
+func (w *Writer) intact() error {
+	folder, err := os.Lstat(w.dir)
+	if err != nil {
+		return ErrLost
+	}
+	opened, err := w.root.Stat(".")
+	if err != nil || !os.SameFile(folder, opened) || ours(folder.Sys().(*syscall.Stat_t), syscall.S_IFDIR) != nil {
+		return ErrLost
+	}
+	locked, err := w.lock.Stat()
+	if err != nil {
+		return ErrLost
+	}
+	if there, err := w.root.Lstat(lockName); err != nil || !os.SameFile(there, locked) {
+		return ErrLost
+	}
+	return nil
 }
 
 // Close gives the folder up. The records stay.
@@ -91,8 +157,28 @@ func (w *Writer) sweep() error {
 	})
 }
 
+// SetTime tells the Writer what a clock says now that is better than that of the machine, as that of a server is. Records are
+// dated by it where the machine's is behind: its readers would take what has expired for good.
+func (w *Writer) SetTime(now time.Time) {
+	if t, err := w.clock(); err == nil {
+		w.better = now.Sub(time.Unix(0, 0)) - t.Boot
+	}
+}
+
+// now is the time that records are dated by.
+func (w *Writer) now() (instant, error) {
+	t, err := w.clock()
+	if better := time.Unix(0, 0).Add(w.better + t.Boot); better.Sub(t.Wall) > clockTolerance {
+		t.Wall = better
+	}
+	return t, err
+}
+
 // Scopes returns those that have a folder, whoever wrote it.
 func (w *Writer) Scopes() ([]Scope, error) {
+	if err := w.intact(); err != nil {
+		return nil, err
+	}
 	entries, err := fs.ReadDir(w.root.FS(), ".")
 	if err != nil {
 		return nil, err
@@ -111,21 +197,60 @@ func (w *Writer) Scopes() ([]Scope, error) {
 }
 
 // Set has a scope hold these entries and no others; none is an answer, too. Of two entries for one key the last counts. Records
-// that are as they should be are not written again. After an error what was there before is there still, or part of it is new.
-func (w *Writer) Set(scope Scope, entries []Entry) error {
+// that are there as they were written are not written again. Skipped is how many entries no record can hold: their keys are
+// none, or they are too large; what was there for the host of one that is too large stays. After an error what was there before
+// is there still, or part of it is new.
+func (w *Writer) Set(scope Scope, entries []Entry) (skipped int, err error) {
 	folder, err := scope.folder()
 	if err != nil {
-		return err
+		return 0, err
 	}
-	groups := map[group][]writtenEntry{indexGroup: nil}
-	last := map[string]Entry{}
+	if err := w.intact(); err != nil {
+		return 0, err
+	}
+	now, err := w.now()
+	if err != nil {
+		return 0, err
+	}
+	if err := w.makeFolder(scope, folder); err != nil {
+		return 0, err
+	}
+	groups, masks, skipped := grouped(entries)
+	var errs []error
+	for g, written := range groups {
+		err := w.put(scope, record{Scope: folder, Group: g, Written: now, Entries: written})
+		if errors.Is(err, errSize) {
+			skipped += len(written)
+			continue
+		}
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return skipped, err
+	}
+	// The index comes after them, so that whoever finds it finds all; and before what is not meant to be there any more goes, so
+	// that whoever misses that finds another index.
+	if err := w.put(scope, record{Scope: folder, Group: indexGroup, Written: now, Masks: masks, Generation: generationOf(groups)}); err != nil {
+		return skipped, err
+	}
+	return skipped, w.drop(scope, folder, func(g group) bool { _, ok := groups[g]; return ok || g == indexGroup })
+}
+
+// grouped returns the entries of each group, the masks of those with globs, and the number of entries that no group takes.
+func grouped(entries []Entry) (groups map[group][]writtenEntry, masks []string, skipped int) {
+	last := make(map[string]Entry, len(entries))
 	for _, e := range entries {
 		last[e.Key] = e
 	}
+	groups = map[group][]writtenEntry{}
 	for _, key := range slices.Sorted(maps.Keys(last)) {
-		g, err := groupOf(key)
+		g, mask, err := groupOf(key)
 		if err != nil {
-			return err
+			skipped++
+			continue
+		}
+		if mask != "" && !slices.Contains(masks, mask) {
+			masks = append(masks, mask)
 		}
 		e := last[key]
 		written := writtenEntry{Key: key, Username: e.Username.Reveal(), Password: e.Password.Reveal()}
@@ -134,56 +259,74 @@ func (w *Writer) Set(scope Scope, entries []Entry) error {
 		}
 		groups[g] = append(groups[g], written)
 	}
-	if err := w.root.Mkdir(folder, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	known := w.known[scope]
-	if known == nil {
-		known = map[group][sha256.Size]byte{}
-		w.known[scope] = known
-	}
-	var errs []error
-	for g, written := range groups {
-		if g != indexGroup {
-			errs = append(errs, w.put(folder, g, written, known))
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	if err := w.drop(folder, known, func(g group) bool { _, ok := groups[g]; return ok }); err != nil {
-		return err
-	}
-	// The index comes last, so that whoever finds it finds all.
-	return w.put(folder, indexGroup, nil, known)
+	slices.Sort(masks)
+	return groups, masks, skipped
 }
 
-// put writes a record where it differs from what this Writer knows to be there.
-func (w *Writer) put(folder string, g group, entries []writtenEntry, known map[group][sha256.Size]byte) error {
-	raw, err := json.Marshal(entries) //nolint:gosec // of which only the checksum is kept
+// generationOf names a set of groups.
+func generationOf(groups map[group][]writtenEntry) string {
+	hash := sha256.New()
+	for _, g := range slices.Sorted(maps.Keys(groups)) {
+		hash.Write([]byte(g))
+	}
+	return hex.EncodeToString(hash.Sum(nil)[:8])
+}
+
+// makeFolder makes the folder of a scope, also in the place of what is none.
+func (w *Writer) makeFolder(scope Scope, folder string) error {
+	info, err := w.root.Lstat(folder)
+	if err == nil && ours(info.Sys().(*syscall.Stat_t), syscall.S_IFDIR) != nil {
+		err = errors.Join(w.root.RemoveAll(folder), fs.ErrNotExist)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		w.known[scope] = nil
+		err = w.root.Mkdir(folder, 0o700)
+	}
+	if w.known[scope] == nil {
+		w.known[scope] = map[group]onDisk{}
+	}
+	return err
+}
+
+// put writes a record, unless it is on disk as this Writer has left it, dated by the same clock.
+func (w *Writer) put(scope Scope, r record) error {
+	undated := r
+	undated.Written = instant{}
+	raw, err := json.Marshal(undated) //nolint:gosec // of which only the checksum is kept
 	if err != nil {
 		return errors.New("a record cannot be encoded") // the error might quote it
 	}
-	sum := sha256.Sum256(raw)
-	if was, ok := known[g]; ok && was == sum {
-		return nil
+	name, content, start := path.Join(r.Scope, string(r.Group)), sha256.Sum256(raw), r.Written.Wall.Add(-r.Written.Boot)
+	if was, ok := w.known[scope][r.Group]; ok && was.content == content && start.Sub(was.start).Abs() <= clockTolerance {
+		if there, err := w.stampOf(name); err == nil && there == was.file {
+			return nil
+		}
 	}
-	now, err := w.clock()
+	file, err := encode(r)
 	if err != nil {
 		return err
 	}
-	file, err := encode(record{Scope: folder, Group: g, Written: now, Entries: entries})
+	if err := w.replace(r.Scope, name, file); err != nil {
+		return err
+	}
+	there, err := w.stampOf(name)
 	if err != nil {
 		return err
 	}
-	if err := w.replace(folder, string(g), file); err != nil {
-		return err
-	}
-	known[g] = sum
+	w.known[scope][r.Group] = onDisk{content, there, start}
 	return nil
 }
 
-// replace puts a file in the place of another, at once.
+func (w *Writer) stampOf(name string) (stamp, error) {
+	info, err := w.root.Lstat(name)
+	if err != nil {
+		return stamp{}, err
+	}
+	stat := info.Sys().(*syscall.Stat_t)
+	return stamp{stat.Ino, stat.Size, stat.Ctim}, nil
+}
+
+// replace puts a file in the place of another, or of whatever else there is, at once.
 func (w *Writer) replace(folder, name string, content []byte) (err error) {
 	unfinished := path.Join(folder, temporary+rand.Text())
 	f, err := w.root.OpenFile(unfinished, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
@@ -205,11 +348,18 @@ func (w *Writer) replace(folder, name string, content []byte) (err error) {
 	if err != nil {
 		return err
 	}
-	return w.root.Rename(unfinished, path.Join(folder, name))
+	err = w.root.Rename(unfinished, name)
+	if errors.Is(err, syscall.EISDIR) || errors.Is(err, syscall.EEXIST) { // a folder is no record
+		err = w.root.RemoveAll(name)
+		if err == nil {
+			err = w.root.Rename(unfinished, name)
+		}
+	}
+	return err
 }
 
-// drop removes the records that are not to be kept.
-func (w *Writer) drop(folder string, known map[group][sha256.Size]byte, keep func(group) bool) error {
+// drop removes what is not to be kept.
+func (w *Writer) drop(scope Scope, folder string, keep func(group) bool) error {
 	files, err := fs.ReadDir(w.root.FS(), folder)
 	if err != nil {
 		return err
@@ -218,7 +368,7 @@ func (w *Writer) drop(folder string, known map[group][sha256.Size]byte, keep fun
 	for _, f := range files {
 		if g := group(f.Name()); !keep(g) {
 			errs = append(errs, w.root.RemoveAll(path.Join(folder, f.Name())))
-			delete(known, g)
+			delete(w.known[scope], g)
 		}
 	}
 	return errors.Join(errs...)
@@ -230,9 +380,12 @@ func (w *Writer) Remove(scope Scope) error {
 	if err != nil {
 		return err
 	}
+	if err := w.intact(); err != nil {
+		return err
+	}
 	delete(w.known, scope)
 	// The index goes first, so that nobody takes what is left for all.
-	if err := w.root.Remove(path.Join(folder, string(indexGroup))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := w.root.RemoveAll(path.Join(folder, string(indexGroup))); err != nil {
 		return err
 	}
 	return w.root.RemoveAll(folder)

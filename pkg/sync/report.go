@@ -27,6 +27,14 @@ type Report struct {
 	// Stuck are Pods of this node that wait in vain for an image which a resource with spec.target.rescue has credentials
 	// for, and that do not name its Secret, sorted.
 	Stuck []StuckPod `json:"stuck,omitempty"`
+	// Kubelet is the state of the node cache; nil where there is none.
+	Kubelet *KubeletReport `json:"kubelet,omitempty"`
+}
+
+// KubeletReport says what becomes of the credentials that kubelets are to be served.
+type KubeletReport struct {
+	// Problem is why the node cache does not hold what it should; empty where it does.
+	Problem string `json:"problem,omitempty"`
 }
 
 // Encode returns the ConfigMap's data. The same report gives the same bytes.

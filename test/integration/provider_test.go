@@ -2,19 +2,23 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/imps-node/imps/pkg/nodecache"
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	nodeduty "github.com/imps-node/imps/pkg/sync/node"
 	"github.com/imps-node/imps/test/imps"
 )
@@ -28,10 +32,7 @@ func (s *system) provider() (p provider, withCache func(*nodeduty.Config)) {
 	binary, err := imps.BuildCommand(s.t.Context(), filepath.Join("..", ".."), s.t.TempDir(), "imps-credprovider")
 	require.NoError(s.t, err)
 	p = provider{binary: binary, cache: filepath.Join(s.t.TempDir(), "imps")}
-	writer, err := nodecache.Open(p.cache)
-	require.NoError(s.t, err)
-	s.t.Cleanup(func() { _ = writer.Close() })
-	return p, func(c *nodeduty.Config) { c.Cache = writer }
+	return p, func(c *nodeduty.Config) { c.CacheDir = p.cache }
 }
 
 // asks returns the keys that the provider has credentials for, as a kubelet asks it; the token may be empty.
@@ -186,4 +187,52 @@ registry: {credentials: [{name: `+source+`, namespace: registry-access}]}`)
 	require.Len(t, p.asks(t, "registry.two/app", token), 1)
 	s.deletePod(pod)
 	becomes("registry.two/app", token, 0)
+}
+
+// The status of a resource says on how many nodes the credentials are where the kubelet's provider finds them, and why not on the
+// others; and where its folder was wiped it is filled again.
+func TestNodesSayWhetherTheyServeTheirKubelet(t *testing.T) {
+	s := newSystem(t)
+	p, withCache := s.provider()
+	s.source("hub", dockerConfig("registry.one"))
+	s.coordinator()
+	s.agent("node-a", withCache)
+	kubeletReady := func(status, message string) {
+		t.Helper()
+		s.becomes(s.prefix, func(is v1alpha1.ImagePullSecretStatus) error {
+			c := meta.FindStatusCondition(is.Conditions, v1alpha1.ConditionKubeletReady)
+			if c == nil || string(c.Status) != status || !strings.Contains(c.Message, message) {
+				return fmt.Errorf("KubeletReady is not %s with %q", status, message)
+			}
+			return nil
+		})
+	}
+	s.resource(s.prefix, `
+target: {secret: {name: `+secretName+`}, kubelet: {scope: Node}}
+registry: {credentials: [{name: hub, namespace: registry-access}]}`)
+	kubeletReady("True", "1 of 1 nodes have a node cache that is up to date")
+	s.eventually(func() error {
+		if len(p.asks(t, "registry.one/app", "")) == 0 {
+			return errors.New("nothing")
+		}
+		return nil
+	}, "the record does not come")
+
+	broken := filepath.Join(t.TempDir(), "imps")
+	require.NoError(t, os.WriteFile(broken, nil, 0o600))
+	s.agent("node-b", func(c *nodeduty.Config) { c.CacheDir = broken })
+	kubeletReady("False", "1 of 2 nodes have a node cache that is up to date; not node-b: node cache "+broken)
+	require.NoError(t, os.Remove(broken))
+	kubeletReady("True", "2 of 2 nodes have")
+
+	withoutCache := s.agent("node-c")
+	kubeletReady("False", "2 of 3 nodes have a node cache that is up to date; the agents of 1 run without --node-cache-dir")
+	withoutCache.stop()
+	s.agent("node-c", func(c *nodeduty.Config) { c.CacheDir = filepath.Join(t.TempDir(), "imps") })
+	kubeletReady("True", "3 of 3 nodes have")
+
+	require.NoError(t, os.RemoveAll(p.cache))
+	require.Empty(t, p.asks(t, "registry.one/app", ""))
+	// At the agent's next pass, which comes every half a minute.
+	require.Eventually(t, func() bool { return len(p.asks(t, "registry.one/app", "")) > 0 }, 5*time.Minute, 100*time.Millisecond)
 }

@@ -121,7 +121,7 @@ registry:
 		}
 		if !maps.Equal(reasons, map[string]string{
 			"Ready": "False SourceFailed", "SourcesReady": "False SourceFailed", "SecretsReady": "True Ready",
-			"ServiceAccountsReady": "False NotAllowed", "KubeletReady": "False NotSupported",
+			"ServiceAccountsReady": "False NotAllowed", "KubeletReady": "True Ready",
 		}) {
 			return fmt.Errorf("conditions are %v", reasons)
 		}

@@ -521,7 +521,7 @@ func (t *term) accountsNamed(c *claim) metav1.Condition {
 	case len(c.accountsSkipped) > 0:
 		condition.Reason, condition.Message = reasonInvalid, errors.Join(c.accountsSkipped...).Error()+"; this selector is left out, the others are served"
 	case len(failed) > 0:
-		condition.Message = progress + "; not " + listed(failed)
+		condition.Message = progress + notOf + listed(failed)
 	case named < wanted:
 		condition.Status, condition.Reason, condition.Message = metav1.ConditionUnknown, reasonProgressing, progress
 	default:

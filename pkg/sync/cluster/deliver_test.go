@@ -28,6 +28,7 @@ const (
 	byPods = `{secret: {name: pull, labels: {l: "1"}}, namespacesWithPods: {labels: [{}]}}`
 	byNone = `{secret: {name: pull, labels: {l: "1"}}}`
 
+	toKubelets   = `{secret: {name: pull}, kubelet: {}}`
 	byOtherLabel = `{secret: {name: pull, labels: {l: "1"}}, namespaces: {labels: [{matchLabels: {other: x}}]}}`
 )
 

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -116,6 +117,9 @@ func (t *term) reportChanged(key types.NamespacedName, old, current *reportObjec
 		current = &reportObject{}
 	}
 	t.stuckChanged(node, current.stuck)
+	if old == nil || !equality.Semantic.DeepEqual(old.kubelet, current.kubelet) {
+		t.kubeletsChanged()
+	}
 	keep := func(key demandKey) bool { return t.byUID[key.uid] != nil }
 	for _, changed := range t.demand.replace(node, current.demand, time.Now(), keep) {
 		if claim := t.claims[changed.uid]; claim != nil {
@@ -295,6 +299,7 @@ func (t *term) updateNodesWithoutAgent() {
 			t.statusDirty(uid)
 		}
 	}
+	t.kubeletsChanged()
 }
 
 func (t *term) hasStarted() bool {

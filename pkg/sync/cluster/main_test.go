@@ -356,6 +356,13 @@ func (t *term) node(name string, reports bool) {
 	}
 }
 
+// kubelet has the term know a node whose agent has a node cache, and what is wrong with that.
+func (t *term) kubelet(name, problem string) {
+	t.nodes.Put(types.NamespacedName{Name: name}, struct{}{})
+	t.reports.Put(types.NamespacedName{Namespace: t.config.Namespace, Name: impsync.ReportName(name)},
+		reportObject{formats: impsync.FormatVersions(), kubelet: &impsync.KubeletReport{Problem: problem}})
+}
+
 // configOf returns a config with one password for each registry: "registry=password".
 func configOf(t *testing.T, registries ...string) dockerconfig.Config {
 	t.Helper()

@@ -111,7 +111,6 @@ type ConflictKind string
 const (
 	ConflictSpec    ConflictKind = "InvalidSpec"
 	ConflictAllowed ConflictKind = "NotAllowed"
-	ConflictSupport ConflictKind = "NotSupported"
 	ConflictSource  ConflictKind = "SourceFailed"
 	ConflictForeign ConflictKind = "ForeignSecret"
 	ConflictOlder   ConflictKind = "OlderResource"

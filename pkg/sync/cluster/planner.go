@@ -82,9 +82,6 @@ func (p *planner) checkSpec() {
 	if refused := p.rescueRefused(target.Rescue); refused != "" {
 		p.conflict(ConflictAllowed, "", "%s", refused)
 	}
-	for _, condition := range notSupported(p.resource) {
-		p.conflict(ConflictSupport, "", "%s", condition.Message)
-	}
 }
 
 // planSource is a source that could be read.

@@ -38,7 +38,9 @@ const (
 	eventFailed         = "ReconciliationFailed"
 	eventSecrets        = "SecretReconciliationError"
 	eventSecretDeletion = "SecretDeletionError"
-	eventAccounts       = "ServiceAccountError" // imps-node's own
+	// Those of imps-node's own.
+	eventAccounts = "ServiceAccountError"
+	eventKubelet  = "KubeletError"
 )
 
 // Reasons of conditions.
@@ -51,7 +53,6 @@ const (
 	reasonInvalid         = "InvalidSpec"
 	reasonNothing         = "NothingToDeliver"
 	reasonFailed          = "DeliveryFailed"
-	reasonNotSupported    = "NotSupported"
 	reasonNotAllowed      = "NotAllowed"
 )
 
@@ -179,7 +180,7 @@ func (t *term) statusOf(r *v1alpha1.ImagePullSecret, c *claim, s summary) v1alph
 	if condition := t.accountsReady(r, c); condition.Type != "" {
 		conditions = append(conditions, condition)
 	}
-	conditions = append(conditions, notSupported(r)...)
+	conditions = append(conditions, t.kubeletReady(r)...)
 	conditions = append([]metav1.Condition{ready(conditions)}, conditions...)
 	for _, condition := range conditions {
 		condition.ObservedGeneration = c.generation
@@ -236,7 +237,7 @@ func (t *term) secretsReady(c *claim, s summary) metav1.Condition {
 	case c.rendered.Target.IsZero() && !c.withdrawn && len(c.sources) > 0:
 		condition.Reason, condition.Message = reasonNothing, "no source has given credentials yet, so there is no Secret to deliver"
 	case len(s.failed) > 0:
-		condition.Reason, condition.Message = reasonFailed, progress+"; not "+listed(s.failed)
+		condition.Reason, condition.Message = reasonFailed, progress+notOf+listed(s.failed)
 	case len(s.undeletable) > 0:
 		condition.Reason, condition.Message = reasonFailed, "Secrets that are no longer wanted could not be deleted: "+listed(s.undeletable)
 	case s.pending > 0:
@@ -252,19 +253,6 @@ func (t *term) secretsReady(c *claim, s summary) metav1.Condition {
 	return condition
 }
 
-// notSupported says which parts of the spec this version does nothing about.
-func notSupported(r *v1alpha1.ImagePullSecret) []metav1.Condition {
-	var conditions []metav1.Condition
-	add := func(conditionType, field string) {
-		conditions = append(conditions, metav1.Condition{Type: conditionType, Status: metav1.ConditionFalse, Reason: reasonNotSupported,
-			Message: field + " is set, and " + errNotSupported.Error() + ": it has no effect"})
-	}
-	if r.Spec.Target.Kubelet != nil {
-		add(v1alpha1.ConditionKubeletReady, "spec.target.kubelet")
-	}
-	return conditions
-}
-
 // ready sums the other conditions up: false where any is, else unknown where any is.
 func ready(conditions []metav1.Condition) metav1.Condition {
 	sum := metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue, Reason: reasonReady, Message: "everything that was asked for is done"}
@@ -278,6 +266,9 @@ func ready(conditions []metav1.Condition) metav1.Condition {
 	}
 	return sum
 }
+
+// notOf stands between how many there are and which are not.
+const notOf = "; not "
 
 // andMore stands before the number of those that are not listed.
 const andMore = "; and "
@@ -349,12 +340,9 @@ func eventOf(condition metav1.Condition, s summary) (reason, cause string) {
 	case condition.Reason == reasonNotAllowed:
 		return eventFailed, condition.Reason
 	case condition.Type == v1alpha1.ConditionServiceAccountsReady:
-		_, why, counted := strings.Cut(condition.Message, "; not ")
-		if !counted {
-			why = condition.Message
-		}
-		why, _, _ = strings.Cut(why, andMore)
-		return eventAccounts, why
+		return eventAccounts, uncounted(condition.Message)
+	case condition.Type == v1alpha1.ConditionKubeletReady:
+		return eventKubelet, uncounted(condition.Message)
 	case condition.Reason == reasonFailed && len(s.failed) > 0:
 		return eventSecrets, strings.Join(s.failed[:min(len(s.failed), listedMax)], "; ")
 	case condition.Reason == reasonFailed && len(s.undeletable) > 0:
@@ -362,6 +350,16 @@ func eventOf(condition metav1.Condition, s summary) (reason, cause string) {
 	default:
 		return eventFailed, condition.Message
 	}
+}
+
+// uncounted is a message without the numbers in it.
+func uncounted(message string) string {
+	_, why, counted := strings.Cut(message, notOf)
+	if !counted {
+		why = message
+	}
+	why, _, _ = strings.Cut(why, andMore)
+	return why
 }
 
 func (t *term) exportMetrics(resource string, s summary, status v1alpha1.ImagePullSecretStatus) {

@@ -125,8 +125,8 @@ func TestStatusOf(t *testing.T) {
 		status string
 		// conditions are "<type>=<status> <reason>".
 		conditions []string
-		// says is in the message of SecretsReady, reason in that of the whole.
-		says, reason string
+		// says is in the message of SecretsReady, reason in the status; kubelet is the message of KubeletReady.
+		says, reason, kubelet string
 	}{
 		"all is done": {
 			target: byName, edit: func(_ *testing.T, _ *situation, c *claim) {
@@ -237,10 +237,43 @@ func TestStatusOf(t *testing.T) {
 			status: "Ready", conditions: []string{"Ready=True Ready", "SourcesReady=True Ready", "SecretsReady=True Ready"},
 			says: "0 of 0",
 		},
-		"kubelet is not supported": {
-			target: `{secret: {name: pull}, kubelet: {}}`,
-			status: "Failed", conditions: []string{"Ready=False NotSupported", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=False NotSupported"},
-			says: "0 of 0", reason: "spec.target.kubelet is set, and not supported",
+		"every node serves its kubelet": {
+			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) {
+				s.kubelet("n1", "")
+				s.kubelet("n2", "")
+			},
+			status: "Ready", conditions: []string{"Ready=True Ready", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=True Ready"},
+			kubelet: "2 of 2 nodes have a node cache that is up to date",
+		},
+		"nodes without an agent are no failure for kubelets": {
+			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) {
+				s.kubelet("n1", "")
+				s.node("n2", false)
+			},
+			status: "Ready", conditions: []string{"Ready=True Ready", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=True Ready"},
+			kubelet: "1 of 2 nodes have a node cache that is up to date; 1 have no agent",
+		},
+		"unless no node has one": {
+			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) { s.node("n2", false) },
+			status: "Failed", conditions: []string{"Ready=False DeliveryFailed", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=False DeliveryFailed"},
+			kubelet: "0 of 1 nodes have a node cache that is up to date; 1 have no agent",
+		},
+		"nodes cannot write their cache": {
+			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) {
+				s.kubelet("n2", "no space left on device")
+				s.kubelet("n1", "another agent writes it")
+				s.kubelet("n3", "")
+			},
+			status: "Failed", conditions: []string{"Ready=False DeliveryFailed", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=False DeliveryFailed"},
+			kubelet: "1 of 3 nodes have a node cache that is up to date; not n1: another agent writes it; n2: no space left on device",
+		},
+		"agents have no cache": {
+			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) {
+				s.kubelet("n1", "")
+				s.node("n2", true)
+			},
+			status: "Failed", conditions: []string{"Ready=False NotAllowed", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=False NotAllowed"},
+			kubelet: "1 of 2 nodes have a node cache that is up to date; the agents of 1 run without --node-cache-dir, which the chart's value nodeCache.enabled sets",
 		},
 		"nodes without an agent are told where Pods select": {
 			target: byPods, edit: func(_ *testing.T, s *situation, _ *claim) {
@@ -279,6 +312,9 @@ func TestStatusOf(t *testing.T) {
 				require.Equal(t, test.conditions, conditions)
 				message := meta.FindStatusCondition(status.Conditions, v1alpha1.ConditionSecretsReady).Message
 				require.Contains(t, message, test.says)
+				if test.kubelet != "" {
+					require.Equal(t, test.kubelet, meta.FindStatusCondition(status.Conditions, v1alpha1.ConditionKubeletReady).Message)
+				}
 				require.Equal(t, test.status == "Failed", status.Reason != "")
 				require.Contains(t, status.Reason, test.reason)
 				require.Equal(t, c.sources, status.SourceSecretStatus)
@@ -447,13 +483,39 @@ func TestACauseIsToldOnceHoweverTheNumbersChange(t *testing.T) {
 	})
 }
 
-func TestAnUnsupportedFieldIsAnEvent(t *testing.T) {
+func TestANodeThatDoesNotServeItsKubeletIsAnEvent(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *situation) {
-		r := resource(t, "a", 0, `{secret: {name: pull}, kubelet: {}}`)
+		r := resource(t, "a", 0, toKubelets)
 		c := s.claimOf(t, r, 7)
+		s.kubelet("n1", "no space left on device")
 		events := s.events(r, c)
 		require.Len(t, events, 1)
-		require.Contains(t, events[0], "Warning ReconciliationFailed spec.target.kubelet is set")
+		require.Contains(t, events[0], "Warning KubeletError 0 of 1 nodes have a node cache that is up to date; not n1: no space left on device")
+		s.kubelet("n2", "")
+		require.Empty(t, s.events(r, c), "the same, of more nodes")
+	})
+}
+
+// What a report says of its node's cache is in the status of the resources that kubelets are served, and of no others.
+func TestStatusFollowsTheNodeCaches(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		term := newTestTerm(t)
+		term.claimOf(t, resource(t, "kubelets", 0, toKubelets), 1)
+		term.claimOf(t, resource(t, "names", 0, byName), 1)
+		key := types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName("n1")}
+		dirty := func() []string {
+			<-time.After(2 * statusDelay)
+			synctest.Wait()
+			return term.queuedStatuses()
+		}
+		was := &reportObject{kubelet: &impsync.KubeletReport{Problem: "x"}}
+		term.reportChanged(key, nil, was)
+		require.Equal(t, []string{"uid-kubelets"}, dirty())
+		term.reportChanged(key, was, &reportObject{kubelet: &impsync.KubeletReport{Problem: "x"}})
+		require.Empty(t, dirty())
+		term.reportChanged(key, was, &reportObject{kubelet: &impsync.KubeletReport{}})
+		require.Equal(t, []string{"uid-kubelets"}, dirty())
 	})
 }
 

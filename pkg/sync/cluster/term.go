@@ -113,7 +113,8 @@ type reportObject struct {
 	// demand is sorted, and holds nothing twice.
 	demand          []demandKey
 	stuck           []impsync.StuckPod
-	formats         []int // as in impsync.Report
+	formats         []int                  // as in impsync.Report
+	kubelet         *impsync.KubeletReport // as there
 	err             error
 	uid             types.UID
 	resourceVersion string
@@ -211,7 +212,7 @@ func reportOf(c *corev1.ConfigMap) reportObject {
 	if err == nil && impsync.ReportName(report.Node) != c.Name {
 		err = errors.New("node report: it names another node than its name does")
 	}
-	r := reportObject{formats: report.FormatVersions, stuck: report.Stuck[:min(len(report.Stuck), stuckMax)], err: err, uid: c.UID, resourceVersion: c.ResourceVersion}
+	r := reportObject{formats: report.FormatVersions, kubelet: report.Kubelet, stuck: report.Stuck[:min(len(report.Stuck), stuckMax)], err: err, uid: c.UID, resourceVersion: c.ResourceVersion}
 	for namespace, uids := range report.Demand {
 		for _, uid := range uids {
 			r.demand = append(r.demand, demandKey{namespace, uid})

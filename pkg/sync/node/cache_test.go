@@ -3,12 +3,13 @@ package node
 import (
 	"context"
 	"errors"
-	"maps"
+	"net/http"
+	"net/url"
+	"os"
 	"path/filepath"
 	"slices"
-	"sync"
+	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -19,22 +20,33 @@ import (
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
-// cachingAgent is an agent in which nothing runs, with a node cache, and what reads that.
+// cachingAgent is an agent in which nothing runs, with a node cache.
 type cachingAgent struct {
 	*testAgent
-	dir    string
-	writer *nodecache.Writer
+	cache cache
 }
 
 func newCachingAgent(t *testing.T) *cachingAgent {
 	t.Helper()
-	dir := filepath.Join(t.TempDir(), "imps")
-	writer, err := nodecache.Open(dir)
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = writer.Close() })
-	a := &cachingAgent{testAgent: newTestAgent(t), dir: dir, writer: writer}
-	a.config.Cache = writer
+	a := &cachingAgent{testAgent: newTestAgent(t), cache: cache{holds: map[nodecache.Scope][]*selecting{}}}
+	a.config.CacheDir = filepath.Join(t.TempDir(), "imps")
+	t.Cleanup(func() { a.close() })
 	return a
+}
+
+func (a *cachingAgent) close() {
+	if a.cache.writer != nil {
+		_ = a.cache.writer.Close()
+		a.cache.writer = nil
+	}
+}
+
+// write has the agent write its cache where anything has changed, and requires that nothing is in its way.
+func (a *cachingAgent) write(t *testing.T) {
+	t.Helper()
+	pending, err := a.writeCache(t.Context(), &a.cache, false)
+	require.NoError(t, pending)
+	require.NoError(t, err)
 }
 
 // holding is a rendered form with these registries, "registry=password".
@@ -59,13 +71,13 @@ func holding(t *testing.T, name string, minutes int, target string, registries m
 // answers returns the passwords that a scope has for a registry's image; nil where the scope is not known.
 func (a *cachingAgent) answers(t *testing.T, scope nodecache.Scope, image string) []string {
 	t.Helper()
-	found, err := nodecache.NewReader(a.dir).Lookup(scope, image, 0)
+	found, err := nodecache.NewReader(a.config.CacheDir).Lookup(scope, image, 0)
 	if errors.Is(err, nodecache.ErrUnknown) {
 		return nil
 	}
 	require.NoError(t, err)
 	passwords := []string{}
-	for _, c := range found {
+	for _, c := range found.Credentials {
 		_, password := c.Reveal()
 		passwords = append(passwords, password)
 	}
@@ -93,7 +105,7 @@ func TestTheNodeCacheHoldsWhatPodsMayPull(t *testing.T) {
 	}
 	a.pod("d", "p", &pod{live: true, labels: web})
 	a.pod("e", "ended", &pod{})
-	require.NoError(t, a.writeCache(t.Context()))
+	a.write(t)
 	namespaces := nodecache.InNamespace
 	for _, c := range []struct {
 		scope nodecache.Scope
@@ -129,7 +141,7 @@ func TestTheNodeCacheFollows(t *testing.T) {
 		default:
 			require.Fail(t, "nothing has it written")
 		}
-		require.NoError(t, a.writeCache(t.Context()))
+		a.write(t)
 	}
 	a.serves(holding(t, "r", 0, ofNamespace, map[string]string{"r.one": "1"}))
 	a.pod("a", "p", &pod{live: true, waiting: true})
@@ -161,21 +173,23 @@ func TestTheNodeCacheByLabels(t *testing.T) {
 	scope := nodecache.InNamespace("a")
 	a.serves(holding(t, "r", 0, ofLabel, map[string]string{"r.one": "1"}))
 	a.pod("a", "p", &pod{live: true})
-	require.Error(t, a.writeCache(t.Context()), "the API server is away")
+	pending, err := a.writeCache(t.Context(), &a.cache, false)
+	require.NoError(t, err)
+	require.Error(t, pending, "the API server is away")
 	require.Equal(t, []string{"GET /api/v1/namespaces/a"}, a.server.asked())
 	require.Nil(t, a.answers(t, scope, "r.one/app"), "it is not known what it may pull")
 	require.Equal(t, map[string]bool{"a": true}, a.watched)
 	a.known("a", map[string]string{"team": "red"})
-	require.NoError(t, a.writeCache(t.Context()))
+	a.write(t)
 	require.Equal(t, []string{"1"}, a.answers(t, scope, "r.one/app"))
 	a.known("a", map[string]string{"team": "blue"})
-	require.NoError(t, a.writeCache(t.Context()))
+	a.write(t)
 	require.Empty(t, a.answers(t, scope, "r.one/app"))
 	require.NotNil(t, a.answers(t, scope, "r.one/app"))
 	require.Empty(t, a.server.asked())
 	a.serves(holding(t, "r", 0, ofNamespace, map[string]string{"r.one": "1"}))
 	require.Empty(t, a.watched, "nothing depends on its labels any more")
-	require.NoError(t, a.writeCache(t.Context()))
+	a.write(t)
 	require.Equal(t, []string{"1"}, a.answers(t, scope, "r.one/app"))
 }
 
@@ -188,15 +202,17 @@ func TestTheNodeCacheOutlivesItsAgent(t *testing.T) {
 	a.serves(holding(t, "n", 1, ofNode, password))
 	a.pod("a", "p", &pod{live: true})
 	a.pod("gone", "p", &pod{live: true})
-	require.NoError(t, a.writeCache(t.Context()))
+	a.write(t)
 
-	next := &cachingAgent{testAgent: newTestAgent(t), dir: a.dir, writer: a.writer}
-	next.config.Cache = a.writer
+	a.close()
+
+	next := newCachingAgent(t)
+	next.config.CacheDir = a.config.CacheDir
 	unreadable := types.NamespacedName{Namespace: "imps-rendered", Name: impsync.RenderedName("uid-r")}
 	next.rendered.Put(unreadable, renderedSecret{err: impsync.ErrFormatVersion})
 	next.pod("a", "p", &pod{live: true})
 	next.pod("new", "p", &pod{live: true})
-	require.NoError(t, next.writeCache(t.Context()))
+	next.write(t)
 	require.Equal(t, []string{"1"}, next.answers(t, nodecache.InNamespace("a"), "r.one/app"))
 	require.Equal(t, []string{"1"}, next.answers(t, nodecache.Node, "r.one/app"))
 	require.NotNil(t, next.answers(t, nodecache.InNamespace("gone"), "r.one/app"))
@@ -204,62 +220,93 @@ func TestTheNodeCacheOutlivesItsAgent(t *testing.T) {
 	require.NotNil(t, next.answers(t, nodecache.InNamespace("new"), "r.one/app"))
 
 	next.rendered.Drop(unreadable, func(renderedSecret) bool { return true })
-	require.NoError(t, next.writeCache(t.Context()))
+	next.write(t)
 	require.Empty(t, next.answers(t, nodecache.InNamespace("a"), "r.one/app"))
 	require.Nil(t, next.answers(t, nodecache.InNamespace("gone"), "r.one/app"), "it has no Pod here any more")
 }
 
-// brokenCache takes nothing for a while.
-type brokenCache struct {
-	mu       sync.Mutex
-	failures int
-	sets     map[nodecache.Scope]int
-}
-
-func (b *brokenCache) Set(scope nodecache.Scope, _ []nodecache.Entry) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.failures > 0 {
-		b.failures--
-		return errors.New("no space left on device")
+// A scope is written when those that serve it change, and looked at when the agent's pass comes.
+func TestTheNodeCacheIsLookedAt(t *testing.T) {
+	t.Parallel()
+	a := newCachingAgent(t)
+	record := func() string {
+		files, err := filepath.Glob(filepath.Join(a.config.CacheDir, "node", "h-*"))
+		require.NoError(t, err)
+		require.Len(t, files, 1)
+		return files[0]
 	}
-	b.sets[scope]++
-	return nil
+	a.serves(holding(t, "r", 0, ofNode, map[string]string{"r.one": "1"}))
+	a.write(t)
+	require.NoError(t, os.Remove(record()))
+	a.write(t)
+	require.Empty(t, a.answers(t, nodecache.Node, "r.one/app"), "nothing has changed")
+	_, err := a.writeCache(t.Context(), &a.cache, true)
+	require.NoError(t, err)
+	require.Equal(t, []string{"1"}, a.answers(t, nodecache.Node, "r.one/app"))
+
+	require.NoError(t, os.RemoveAll(a.config.CacheDir))
+	_, err = a.writeCache(t.Context(), &a.cache, false)
+	require.ErrorIs(t, err, nodecache.ErrLost)
+	a.write(t)
+	require.Equal(t, []string{"1"}, a.answers(t, nodecache.Node, "r.one/app"), "all of it is written anew")
 }
 
-func (*brokenCache) Remove(nodecache.Scope) error { return nil }
-
-func (b *brokenCache) Scopes() ([]nodecache.Scope, error) {
-	return slices.Collect(maps.Keys(b.written())), nil
+// What the API server takes for the time counts where the clock of the machine is behind.
+func TestTheTimeOfTheAPIServer(t *testing.T) {
+	t.Parallel()
+	a := newCachingAgent(t)
+	r := holding(t, "r", 0, ofNode, map[string]string{"r.one": "1"})
+	r.Expiries = map[string]time.Time{"r.one": time.Now().Add(time.Hour)}
+	a.serves(r)
+	a.write(t)
+	require.Equal(t, []string{"1"}, a.answers(t, nodecache.Node, "r.one/app"))
+	answer := func(*http.Request) (*http.Response, error) {
+		return &http.Response{Header: http.Header{"Date": {time.Now().Add(2 * time.Hour).UTC().Format(http.TimeFormat)}}}, nil
+	}
+	_, err := a.dated(roundTripper(answer)).RoundTrip(nil) //nolint:bodyclose // it has none
+	require.NoError(t, err)
+	_, err = a.writeCache(t.Context(), &a.cache, true)
+	require.NoError(t, err)
+	require.Empty(t, a.answers(t, nodecache.Node, "r.one/app"), "it has expired")
+	a.dated(a.server).RoundTrip(&http.Request{URL: &url.URL{}}) //nolint:errcheck,bodyclose // it fails
+	require.NotNil(t, a.serverTime.Load())
 }
 
-func (b *brokenCache) written() map[nodecache.Scope]int {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return maps.Clone(b.sets)
-}
-
+// A cache that cannot be written is tried again, and its state is in the report.
 func TestANodeCacheThatCannotBeWritten(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		a := newTestAgent(t)
-		cache := &brokenCache{failures: 3, sets: map[nodecache.Scope]int{}}
-		a.config.Cache = cache
-		a.serves(holding(t, "r", 0, ofNode, map[string]string{"r.one": canary}))
-		done := make(chan error, 1)
-		ctx, stop := context.WithCancel(t.Context())
-		go func() { done <- a.keepCache(ctx, ctx) }()
-		synctest.Wait()
-		require.Empty(t, cache.written())
-		<-time.After(cacheSoonest + 2*cacheSoonest + 4*cacheSoonest)
-		synctest.Wait()
-		require.Equal(t, map[nodecache.Scope]int{nodecache.Node: 1}, cache.written())
-		<-time.After(time.Hour)
-		synctest.Wait()
-		require.Equal(t, map[nodecache.Scope]int{nodecache.Node: 1}, cache.written(), "idle is silent")
-		stop()
-		require.NoError(t, <-done)
-		require.Contains(t, a.log.String(), "no space left on device")
-		require.NotContains(t, a.log.String(), canary)
-	})
+	a := newCachingAgent(t)
+	a.serves(holding(t, "r", 0, ofNode, map[string]string{"r.one": canary}))
+	require.NoError(t, os.WriteFile(a.config.CacheDir, nil, 0o600))
+	problem := func() string { return a.currentReport().Kubelet.Problem }
+	require.Equal(t, "the node cache is not written yet", problem())
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- a.keepCache(ctx, ctx) }()
+	require.Eventually(t, func() bool { return strings.Contains(problem(), "not a directory") }, time.Minute, time.Millisecond)
+	require.NoError(t, os.Remove(a.config.CacheDir))
+	require.Eventually(t, func() bool { return problem() == "" }, time.Minute, time.Millisecond)
+	require.Equal(t, []string{canary}, a.answers(t, nodecache.Node, "r.one/app"))
+	stop()
+	require.NoError(t, <-done)
+	require.True(t, a.isDirty())
+	require.Equal(t, 1, strings.Count(a.log.String(), "level=WARN"))
+	require.Contains(t, a.log.String(), "the node cache is up to date")
+	require.NotContains(t, a.log.String(), canary)
+	require.False(t, nodecache.Alive(a.config.CacheDir), "it has given the folder up")
+
+	a.config.CacheDir = ""
+	require.Nil(t, a.currentReport().Kubelet)
+}
+
+// An agent whose folder another one writes waits for it.
+func TestANodeCacheThatAnotherAgentWrites(t *testing.T) {
+	t.Parallel()
+	a := newCachingAgent(t)
+	other, err := nodecache.Open(a.config.CacheDir)
+	require.NoError(t, err)
+	_, err = a.writeCache(t.Context(), &a.cache, false)
+	require.ErrorIs(t, err, nodecache.ErrLocked)
+	require.NoError(t, other.Close())
+	a.write(t)
 }

@@ -13,6 +13,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -58,8 +59,8 @@ type Config struct {
 	// FormatVersions are the versions of the rendered form that it reads;
 	// impsync.FormatVersions where it is nil.
 	FormatVersions []int
-	// Cache is what the kubelet's credential provider answers from; nil for none.
-	Cache Cache
+	// CacheDir is the folder of the node cache, which the kubelet's credential provider answers from; empty for none.
+	CacheDir string
 	// Client is the connection to the API server, with the agent's own identity.
 	Client   *rest.Config
 	Metrics  *impsync.Metrics
@@ -87,7 +88,10 @@ type Agent struct {
 	reportDirty chan struct{}
 	// cacheDirty holds a token while the node cache may need a write.
 	cacheDirty chan struct{}
+	// cacheTried is closed after the first try to write it.
+	cacheTried chan struct{}
 	ready      chan struct{}
+	serverTime atomic.Pointer[serverTime]
 
 	mu sync.Mutex
 	// active is the last readable form of every rendered Secret, by its name.
@@ -97,8 +101,8 @@ type Agent struct {
 	// namespaces are those with Pods here that wait, and, where there is a node cache, that live: no other namespace's rules
 	// matter.
 	namespaces map[string]*namespace
-	// cached are the scopes of the node cache that this agent has written.
-	cached map[nodecache.Scope]bool
+	// cacheProblem is why the node cache is not as it should be, empty where it is; nil before the first try.
+	cacheProblem *string
 	// watchNamespace starts the watch of one namespace, and returns what ends it. Run sets it.
 	watchNamespace func(name string, ns *namespace) context.CancelFunc
 }
@@ -128,6 +132,8 @@ type selecting struct {
 	selection *impsync.Selection
 	// credentials are what the Secret holds, where the resource asks for rescue, or for kubelets.
 	credentials dockerconfig.Config
+	// entries are those, for the node cache.
+	entries []nodecache.Entry
 }
 
 // namespace is a namespace with Pods on this node that wait.
@@ -162,26 +168,30 @@ func New(config Config) (*Agent, error) {
 	if config.FormatVersions == nil {
 		config.FormatVersions = impsync.FormatVersions()
 	}
-	connection, err := rest.HTTPClientFor(config.Client)
-	if err != nil {
-		return nil, fmt.Errorf("connection to the API server: %w", err)
-	}
 	a := &Agent{
 		config:      config,
 		log:         config.Log.With("duty", duty),
 		reportDirty: make(chan struct{}, 1),
 		cacheDirty:  make(chan struct{}, 1),
+		cacheTried:  make(chan struct{}),
 		ready:       make(chan struct{}),
 		active:      map[string]*selecting{},
 		refused:     workqueue.NewTypedItemExponentialFailureRateLimiter[string](impsync.RecheckSoonest, impsync.RecheckInterval),
 		seen:        map[types.NamespacedName]time.Time{},
 		namespaces:  map[string]*namespace{},
-		cached:      map[nodecache.Scope]bool{},
 		fastPath: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "imps_fast_path_seconds",
 			Help:    "From the moment the agent first saw the longest waiting Pod of a namespace to the moment it has created the Secret.",
 			Buckets: []float64{.001, .002, .005, .01, .02, .04, .08, .16, .32, 1, 5, 30},
 		}),
+	}
+	if config.CacheDir != "" {
+		config.Client = rest.CopyConfig(config.Client)
+		config.Client.Wrap(a.dated)
+	}
+	connection, err := rest.HTTPClientFor(config.Client)
+	if err != nil {
+		return nil, fmt.Errorf("connection to the API server: %w", err)
 	}
 	if a.core, err = corev1client.NewForConfigAndClient(impsync.Protobuf(config.Client), connection); err != nil {
 		return nil, fmt.Errorf("client: %w", err)
@@ -274,8 +284,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.dirty() // also a node without Pods has a report: it says that there is an agent
 			a.log.Info("serving", "node", a.config.NodeName)
 			serve := []func(context.Context) error{func(ctx context.Context) error { return a.keepReport(ctx, work) }}
-			if a.config.Cache != nil {
-				a.cacheSoon()
+			if a.config.CacheDir != "" {
 				serve = append(serve, func(ctx context.Context) error { return a.keepCache(ctx, work) })
 			}
 			for range workers {
@@ -357,7 +366,7 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 	}
 	relabelled := old == nil || current == nil || !maps.Equal(old.labels, current.labels) || !maps.Equal(old.annotations, current.annotations)
 	lived, lives := old != nil && old.live, current != nil && current.live
-	if a.config.Cache != nil {
+	if a.config.CacheDir != "" {
 		if lives && !lived {
 			ns.live++
 		} else if lived && !lives {
@@ -367,7 +376,7 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 			a.cacheSoon()
 		}
 	}
-	a.release(key.Namespace, ns, a.config.Cache != nil && a.cacheNeedsMetadata())
+	a.release(key.Namespace, ns, a.config.CacheDir != "" && a.cacheNeedsMetadata())
 	if waits && !waited || current != nil && relabelled && ns.waiting > 0 {
 		a.queue.Add(key.Namespace) // by any Pod's labels a namespace is selected for all
 	}
@@ -454,6 +463,9 @@ func newSelecting(rendered impsync.Rendered, was *selecting) (*selecting, error)
 	}
 	if rendered.Rescue || rendered.Kubelet != "" {
 		s.credentials, err = rendered.Target.Credentials()
+	}
+	if rendered.Kubelet != "" {
+		s.entries = s.cacheEntries()
 	}
 	return s, err
 }

@@ -25,6 +25,14 @@ func (a *Agent) dirty() {
 // It starts after the first lists are in, so that it never withdraws demand it has only
 // not seen yet. Requests run under work, which outlives ctx a little.
 func (a *Agent) keepReport(ctx, work context.Context) error {
+	if a.config.CacheDir != "" {
+		// So that a new agent does not take back what the one before has said of the node cache.
+		select {
+		case <-a.cacheTried:
+		case <-time.After(cachePatience):
+		case <-ctx.Done():
+		}
+	}
 	backoff := reportInterval
 	for {
 		select {
@@ -82,6 +90,7 @@ func (a *Agent) writeReport(ctx context.Context) (wrote bool, err error) {
 // is lost in the moment in which such a rule ceases to.
 func (a *Agent) currentReport() impsync.Report {
 	a.mu.Lock()
+	cacheProblem := a.cacheProblem
 	var byPods, rescuing []*selecting
 	for _, s := range a.active {
 		if s.selection.HasPodRules() {
@@ -96,6 +105,12 @@ func (a *Agent) currentReport() impsync.Report {
 		Node:           a.config.NodeName,
 		FormatVersions: a.config.FormatVersions,
 		Demand:         map[string][]types.UID{},
+	}
+	if a.config.CacheDir != "" {
+		report.Kubelet = &impsync.KubeletReport{Problem: "the node cache is not written yet"}
+		if cacheProblem != nil {
+			report.Kubelet.Problem = *cacheProblem
+		}
 	}
 	// Of what this agent has never been able to read, the demand stays that was reported
 	// last: by the agent before, which could.
