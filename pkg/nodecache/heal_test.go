@@ -232,6 +232,28 @@ func TestFileSystems(t *testing.T) {
 	require.Equal(t, []string{"r.one=new"}, lookup(t, r, Node, "r.one/app"))
 }
 
+// As a container has it, whose hostPath is removed on the node.
+func TestAFolderThatIsRemovedUnderItsMount(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	source, mount := filepath.Join(dir, "source"), filepath.Join(dir, "mount")
+	require.NoError(t, os.Mkdir(source, 0o700))
+	require.NoError(t, os.Mkdir(mount, 0o700))
+	if err := syscall.Mount(source, mount, "", syscall.MS_BIND, ""); err != nil {
+		t.Skip("needs root on Linux:", err)
+	}
+	t.Cleanup(func() { require.NoError(t, syscall.Unmount(mount, 0)) })
+	w, err := Open(mount)
+	require.NoError(t, err)
+	set(t, w, Node, entries("r.one=1"))
+	require.NoError(t, os.RemoveAll(source))
+	_, err = w.Set(Node, entries("r.one=1"))
+	require.ErrorIs(t, err, ErrLost)
+	require.NoError(t, w.Close())
+	_, err = Open(mount)
+	require.ErrorIs(t, err, ErrRemoved)
+}
+
 // A key that moves from a record to another is found all the time.
 func TestAKeyThatMoves(t *testing.T) {
 	t.Parallel()

@@ -24,6 +24,8 @@ var (
 	// ErrLost says that the folder, or its lock, was moved, removed or opened to others: the Writer is of no use any more, and
 	// what is to be in the folder has to be written by another one.
 	ErrLost = errors.New("the folder is not the one any more that was opened")
+	// ErrRemoved says that the folder was removed where it is mounted from: no process that has the mount can bring it back.
+	ErrRemoved = errors.New("the folder was removed under its mount")
 )
 
 const (
@@ -109,8 +111,11 @@ func closeToOthers(dir string) error {
 	if err != nil {
 		return err
 	}
-	if owner := info.Sys().(*syscall.Stat_t).Uid; int(owner) != os.Geteuid() {
-		return fmt.Errorf("it belongs to user %d, and must to user %d", owner, os.Geteuid())
+	switch stat := info.Sys().(*syscall.Stat_t); {
+	case stat.Nlink == 0:
+		return ErrRemoved
+	case int(stat.Uid) != os.Geteuid():
+		return fmt.Errorf("it belongs to user %d, and must to user %d", stat.Uid, os.Geteuid())
 	}
 	return f.Chmod(0o700)
 }
@@ -122,7 +127,7 @@ func (w *Writer) intact() error {
 		return ErrLost
 	}
 	opened, err := w.root.Stat(".")
-	if err != nil || !os.SameFile(folder, opened) || ours(folder.Sys().(*syscall.Stat_t), syscall.S_IFDIR) != nil {
+	if err != nil || !os.SameFile(folder, opened) || opened.Sys().(*syscall.Stat_t).Nlink == 0 || ours(folder.Sys().(*syscall.Stat_t), syscall.S_IFDIR) != nil {
 		return ErrLost
 	}
 	locked, err := w.lock.Stat()

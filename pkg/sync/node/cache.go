@@ -78,6 +78,9 @@ func (a *Agent) keepCache(ctx, work context.Context) error {
 	for full := true; ; {
 		pending, err := a.writeCache(work, &c, full)
 		a.cacheWritten(err)
+		if errors.Is(err, nodecache.ErrRemoved) {
+			return err // a container gets the folder anew when it starts again
+		}
 		if pending == nil && err == nil {
 			full, backoff = false, cacheSoonest
 		} else {
@@ -133,17 +136,19 @@ func (a *Agent) writeCache(ctx context.Context, c *cache, full bool) (pending, e
 		a.cacheSoon() // with what is known now
 	}
 	pending = errors.Join(unknown...)
-	if c.writer == nil {
-		if c.writer, err = nodecache.Open(a.config.CacheDir); err != nil {
-			return pending, err
+	for range 2 {
+		if c.writer == nil {
+			if c.writer, err = nodecache.Open(a.config.CacheDir); err != nil {
+				return pending, err
+			}
+			full = true
 		}
-		full = true
-	}
-	err = a.fillCache(c, full, wanted, unread)
-	if errors.Is(err, nodecache.ErrLost) {
+		if err = a.fillCache(c, full, wanted, unread); !errors.Is(err, nodecache.ErrLost) {
+			break
+		}
+		a.log.Warn("somebody has moved, removed or opened the node cache, writing it anew", "folder", a.config.CacheDir)
 		_ = c.writer.Close()
 		c.writer = nil
-		a.cacheSoon() // with another one
 	}
 	return pending, err
 }
