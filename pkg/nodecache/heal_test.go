@@ -36,7 +36,7 @@ func TestWhatWasDamagedIsWrittenAgain(t *testing.T) {
 		"a record is open to others": {record, func(t *testing.T, path string) { t.Helper(); require.NoError(t, os.Chmod(path, 0o644)) }},
 		"the scope's folder is open to others": {folder, func(t *testing.T, path string) {
 			t.Helper()
-			require.NoError(t, os.Chmod(path, 0o755)) //nolint:gosec // that is the fault
+			require.NoError(t, os.Chmod(path, 0o755))
 		}},
 		"a record is a link": {record, func(t *testing.T, path string) {
 			t.Helper()
@@ -101,7 +101,7 @@ func TestALostFolder(t *testing.T) {
 		},
 		"it is open to others": func(t *testing.T, dir string) {
 			t.Helper()
-			require.NoError(t, os.Chmod(dir, 0o755)) //nolint:gosec // that is the fault
+			require.NoError(t, os.Chmod(dir, 0o755))
 		},
 	}
 	for name, spoil := range tests {
@@ -129,7 +129,7 @@ func TestALostFolder(t *testing.T) {
 func TestFoldersThatAreThereBefore(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "imps")
-	require.NoError(t, os.Mkdir(dir, 0o755)) //nolint:gosec // as kubelets make the folder of a hostPath
+	require.NoError(t, os.Mkdir(dir, 0o755)) // as kubelets make the folder of a hostPath
 	w, err := Open(dir)
 	require.NoError(t, err)
 	set(t, w, Node, entries("r.one=1"))

@@ -122,7 +122,7 @@ func closeToOthers(dir string) error {
 
 // intact returns ErrLost where others than this Writer's readers may find another folder, or another writer, in its place.
 func (w *Writer) intact() error {
-	folder, err := os.Lstat(w.dir)
+	folder, err := os.Lstat(w.dir) //nolint:gosec // the folder is the caller's
 	if err != nil {
 		return ErrLost
 	}
@@ -297,7 +297,7 @@ func (w *Writer) makeFolder(scope Scope, folder string) error {
 func (w *Writer) put(scope Scope, r record) error {
 	undated := r
 	undated.Written = instant{}
-	raw, err := json.Marshal(undated) //nolint:gosec // of which only the checksum is kept
+	raw, err := json.Marshal(undated)
 	if err != nil {
 		return errors.New("a record cannot be encoded") // the error might quote it
 	}
