@@ -9,6 +9,8 @@ SHELL := bash
 .NOTPARALLEL:
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+# How programs are built that ship: static, stripped, with no path of this machine in them.
+BUILD = CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 # More arguments for `go test`, for instance TESTFLAGS='-run TestPrune -v'.
 TESTFLAGS ?=
 # Arguments of the bench, for instance BENCHFLAGS='--sizes small --repeats 3'.
@@ -39,8 +41,16 @@ help: ## Print this list
 ##### Build, test, show
 
 .PHONY: build
-build: need-go need-git ## Build bin/imps-node and bin/imps-credprovider
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
+build: need-go ## Build bin/imps-node and bin/imps-credprovider
+	$(BUILD) -o bin/ ./cmd/...
+
+.PHONY: dist
+dist: need-go ## Build both for amd64 and arm64, into dist/; the same source and VERSION give the same bytes
+	@for arch in amd64 arm64; do \
+		mkdir -p "dist/linux-$$arch"; \
+		GOOS=linux GOARCH=$$arch $(BUILD) -o "dist/linux-$$arch/" ./cmd/...; \
+	done; \
+	cd dist && sha256sum linux-*/*
 
 .PHONY: test
 test: test-unit test-integration ## Run all tests: unit, then on a real API server (25 min; the first run some 10 more)
