@@ -1,5 +1,6 @@
-// Package registry runs a private image registry for tests and the demo: CNCF Distribution, behind a guard that lets in
-// whoever has a good token of an AWS of test/fakeaws.
+// Package registry runs private image registries for tests and the demo: CNCF Distribution, behind a guard that lets in
+// whoever has a good token of an AWS of test/fakeaws, or, for nodes that pull themselves, behind one for each of several
+// hosts.
 package registry
 
 import (
@@ -17,6 +18,7 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
@@ -45,14 +47,37 @@ type Registry struct {
 	// Image is what a Pod would name.
 	Image string
 
-	guard   *httptest.Server
-	process *exec.Cmd
-	ended   chan struct{}
+	guard        *httptest.Server
+	distribution *distribution
 }
 
 // Start starts a registry that answers to the host of ECR in a region. It ends with Stop, and with the control plane at
 // the latest. dir holds its configuration.
 func Start(ctx context.Context, control *cluster.Cluster, binary, dir string, aws *fakeaws.Server, host, region string) (*Registry, error) {
+	image, err := random.Image(1024, 2)
+	if err != nil {
+		return nil, err
+	}
+	d, err := serve(ctx, control, binary, dir, image)
+	if err != nil {
+		return nil, err
+	}
+	guard := httptest.NewServer(aws.Guard(region, httputil.NewSingleHostReverseProxy(d.url)))
+	return &Registry{Image: host + "/" + pushed, guard: guard, distribution: d}, nil
+}
+
+// pushed is the name of the image that is in a registry.
+const pushed = "app:v1"
+
+// distribution is CNCF Distribution, without a guard.
+type distribution struct {
+	url     *url.URL
+	process *exec.Cmd
+	ended   chan struct{}
+}
+
+// serve starts it with one image in it.
+func serve(ctx context.Context, control *cluster.Cluster, binary, dir string, image v1.Image) (*distribution, error) {
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
@@ -66,32 +91,26 @@ func Start(ctx context.Context, control *cluster.Cluster, binary, dir string, aw
 	if err := os.WriteFile(config, []byte(content), 0o600); err != nil {
 		return nil, err
 	}
-	r := &Registry{Image: host + "/app:v1", ended: make(chan struct{})}
-	r.process = exec.CommandContext(context.WithoutCancel(ctx), binary, "serve", config) //nolint:gosec // what was just built
-	r.process.Env = []string{"OTEL_TRACES_EXPORTER=none"}
-	if err := control.Start(r.process); err != nil {
+	d := &distribution{url: &url.URL{Scheme: "http", Host: address}, ended: make(chan struct{})}
+	d.process = exec.CommandContext(context.WithoutCancel(ctx), binary, "serve", config) //nolint:gosec // what was just built
+	d.process.Env = []string{"OTEL_TRACES_EXPORTER=none"}
+	if err := control.Start(d.process); err != nil {
 		return nil, fmt.Errorf("start the registry: %w", err)
 	}
 	go func() {
-		defer close(r.ended)
-		_ = r.process.Wait()
+		defer close(d.ended)
+		_ = d.process.Wait()
 	}()
-	backend := &url.URL{Scheme: "http", Host: address}
-	r.guard = httptest.NewServer(aws.Guard(region, httputil.NewSingleHostReverseProxy(backend)))
-	if err := push(ctx, address); err != nil {
-		r.Stop()
+	if err := push(ctx, address, image); err != nil {
+		d.stop()
 		return nil, fmt.Errorf("push an image: %w", err)
 	}
-	return r, nil
+	return d, nil
 }
 
 // push puts an image into the registry, past the guard, once it is there.
-func push(ctx context.Context, address string) error {
-	image, err := random.Image(1024, 2)
-	if err != nil {
-		return err
-	}
-	reference, err := name.ParseReference(address + "/app:v1")
+func push(ctx context.Context, address string, image v1.Image) error {
+	reference, err := name.ParseReference(address + "/" + pushed)
 	if err != nil {
 		return err
 	}
@@ -112,11 +131,15 @@ func push(ctx context.Context, address string) error {
 	}
 }
 
+func (d *distribution) stop() {
+	_ = d.process.Process.Kill() // it may have ended
+	<-d.ended
+}
+
 // Stop ends it.
 func (r *Registry) Stop() {
 	r.guard.Close()
-	_ = r.process.Process.Kill() // it may have ended
-	<-r.ended
+	r.distribution.stop()
 }
 
 // Pull pulls the image with what a pull Secret has for it, as a kubelet does: every byte of it.

@@ -38,12 +38,22 @@ type Binaries struct {
 	ControllerManager string
 }
 
+// NodeBinaries are the paths of the programs that a node runs; containerd finds
+// its shim beside it.
+type NodeBinaries struct {
+	Kubelet    string
+	Containerd string
+	Ctr        string
+}
+
 // module is a Go module below test/cluster/modules that pins programs.
 type module struct {
 	folder string
 	// pinned is the module whose version counts.
 	pinned   string
 	packages []string
+	// tags are build tags, if any.
+	tags string
 	// output is the name of the binary where it is not that of the package;
 	// for modules of one package.
 	output string
@@ -70,6 +80,27 @@ func kubernetesModule() module {
 			"k8s.io/kubernetes/cmd/kube-controller-manager",
 		},
 		version: kubernetesVersion,
+	}
+}
+
+// kubeletModule is apart from kubernetesModule, for those who need no node.
+func kubeletModule() module {
+	return module{
+		folder:   "kubernetes",
+		pinned:   "k8s.io/kubernetes",
+		packages: []string{"k8s.io/kubernetes/cmd/kubelet"},
+		version:  kubernetesVersion,
+	}
+}
+
+func containerdModule() module {
+	const path = "github.com/containerd/containerd/v2"
+	return module{
+		folder:   "containerd",
+		pinned:   path,
+		packages: []string{path + "/cmd/containerd", path + "/cmd/containerd-shim-runc-v2", path + "/cmd/ctr"},
+		tags:     "no_btrfs,no_devmapper,no_zfs",
+		version:  func(string) []string { return nil },
 	}
 }
 
@@ -101,18 +132,9 @@ func Build(ctx context.Context, progress io.Writer) (Binaries, error) {
 	if assets := os.Getenv("KUBEBUILDER_ASSETS"); assets != "" {
 		return fromAssets(assets)
 	}
-	root, err := goOutput(ctx, "", "list", "-m", "-f", "{{.Dir}}", rootModule)
+	b, err := newBuilder(ctx, progress)
 	if err != nil {
-		return Binaries{}, fmt.Errorf("find the modules to build (inside the repository, or set KUBEBUILDER_ASSETS): %w", err)
-	}
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return Binaries{}, fmt.Errorf("find the cache folder: %w", err)
-	}
-	b := builder{
-		modules:  filepath.Join(root, "test", "cluster", "modules"),
-		cache:    filepath.Join(cache, "imps", "cluster"),
-		progress: progress,
+		return Binaries{}, err
 	}
 	etcd, err := b.provide(ctx, etcdModule())
 	if err != nil {
@@ -126,6 +148,29 @@ func Build(ctx context.Context, progress io.Writer) (Binaries, error) {
 		Etcd:              filepath.Join(etcd, string(Etcd)),
 		APIServer:         filepath.Join(kubernetes, string(APIServer)),
 		ControllerManager: filepath.Join(kubernetes, string(ControllerManager)),
+	}, nil
+}
+
+// BuildNode returns the programs of a node, which Build does not: they come from
+// the user's cache in the same way, whatever KUBEBUILDER_ASSETS says. The first
+// build takes some minutes.
+func BuildNode(ctx context.Context, progress io.Writer) (NodeBinaries, error) {
+	b, err := newBuilder(ctx, progress)
+	if err != nil {
+		return NodeBinaries{}, err
+	}
+	kubelet, err := b.provide(ctx, kubeletModule())
+	if err != nil {
+		return NodeBinaries{}, err
+	}
+	containerd, err := b.provide(ctx, containerdModule())
+	if err != nil {
+		return NodeBinaries{}, err
+	}
+	return NodeBinaries{
+		Kubelet:    filepath.Join(kubelet, "kubelet"),
+		Containerd: filepath.Join(containerd, "containerd"),
+		Ctr:        filepath.Join(containerd, "ctr"),
 	}, nil
 }
 
@@ -161,6 +206,22 @@ type builder struct {
 	progress io.Writer
 }
 
+func newBuilder(ctx context.Context, progress io.Writer) (*builder, error) {
+	root, err := goOutput(ctx, "", "list", "-m", "-f", "{{.Dir}}", rootModule)
+	if err != nil {
+		return nil, fmt.Errorf("find the modules to build (inside the repository, or set KUBEBUILDER_ASSETS): %w", err)
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return nil, fmt.Errorf("find the cache folder: %w", err)
+	}
+	return &builder{
+		modules:  filepath.Join(root, "test", "cluster", "modules"),
+		cache:    filepath.Join(cache, "imps", "cluster"),
+		progress: progress,
+	}, nil
+}
+
 // provide returns the folder with the module's programs, and builds them first
 // where the cache lacks them. A folder in the cache is complete: it gets its
 // name when everything is in it.
@@ -171,6 +232,9 @@ func (b *builder) provide(ctx context.Context, m module) (string, error) {
 		return "", err
 	}
 	flags := []string{"-trimpath", "-ldflags=" + strings.Join(append([]string{"-s", "-w"}, m.version(version)...), " ")}
+	if m.tags != "" {
+		flags = append(flags, "-tags="+m.tags)
+	}
 	key, err := cacheKey(ctx, source, append(flags, m.packages...))
 	if err != nil {
 		return "", err
@@ -238,7 +302,7 @@ func (b *builder) lock(ctx context.Context, folder string) (*os.File, error) {
 func (b *builder) compile(ctx context.Context, m module, version, source, folder string, flags []string) error {
 	begin := time.Now()
 	b.report("building %s %s from Go modules; the first time takes minutes", m.names(), version)
-	list, err := goOutput(ctx, source, append([]string{"list", "-deps"}, m.packages...)...)
+	list, err := goOutput(ctx, source, append([]string{"list", "-deps", "-tags=" + m.tags}, m.packages...)...)
 	if err != nil {
 		return err
 	}

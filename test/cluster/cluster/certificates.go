@@ -71,10 +71,10 @@ type pair struct {
 	cert, key []byte
 }
 
-// serving returns the certificate of the API server.
-func (a *authority) serving() (pair, error) {
+// serving returns the certificate of a server on loopback.
+func (a *authority) serving(name string) (pair, error) {
 	return a.issue(&x509.Certificate{
-		Subject:     pkix.Name{CommonName: "kube-apiserver"},
+		Subject:     pkix.Name{CommonName: name},
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		DNSNames:    []string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"},

@@ -1,10 +1,11 @@
 // Package cluster runs a real Kubernetes control plane on loopback, for tests
 // and for the demo: etcd, kube-apiserver and kube-controller-manager, built
-// from Go modules and started as plain processes.
+// from Go modules and started as plain processes; and on Linux, for root, nodes
+// beside it: containerd and a kubelet.
 //
 // It must not be imported by anything that ships, and nothing that it starts
-// talks to anything but this machine. There is no kubelet and no scheduler: a
-// Pod stays as it was written.
+// talks to anything but this machine. There is no scheduler, and without
+// StartNode no kubelet: a Pod stays as it was written.
 package cluster
 
 import (
@@ -63,10 +64,16 @@ type Cluster struct {
 	audit     *Audit
 	launcher  *launcher
 	processes map[Component]*process
+	progress  io.Writer
 
-	// cancel ends every process; stop is Stop's body, run once.
-	cancel context.CancelFunc
-	stop   func() error
+	mu    sync.Mutex
+	nodes []*Node
+
+	// lifetime is that of every process, cancel ends it; stop is Stop's body,
+	// run once.
+	lifetime context.Context
+	cancel   context.CancelFunc
+	stop     func() error
 }
 
 // Option changes how Run builds or starts a cluster.
@@ -143,11 +150,14 @@ func Run(ctx context.Context, opts ...Option) (*Cluster, error) {
 		return nil, fmt.Errorf("create the data folder: %w", err)
 	}
 
-	c := &Cluster{dir: dir, launcher: newLauncher(), processes: map[Component]*process{}}
-	lifetime, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	c.cancel = cancel
-	c.stop = sync.OnceValue(func() error { return c.end(s.progress) })
-	if err := c.start(ctx, lifetime, binaries, s); err != nil {
+	launcher, err := newLauncher(nil)
+	if err != nil {
+		return nil, errors.Join(err, dir.close())
+	}
+	c := &Cluster{dir: dir, launcher: launcher, processes: map[Component]*process{}, progress: s.progress}
+	c.lifetime, c.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	c.stop = sync.OnceValue(c.end)
+	if err := c.start(ctx, binaries, s); err != nil {
 		return nil, errors.Join(err, c.Stop())
 	}
 	return c, nil
@@ -155,8 +165,8 @@ func Run(ctx context.Context, opts ...Option) (*Cluster, error) {
 
 // start brings the components up one after the other, each as early as the one
 // before it lets it.
-func (c *Cluster) start(ctx, lifetime context.Context, binaries Binaries, s settings) error {
-	c.add(lifetime, Etcd, binaries.Etcd, etcdArgs(s.etcdQuota))
+func (c *Cluster) start(ctx context.Context, binaries Binaries, s settings) error {
+	c.add(Etcd, binaries.Etcd, etcdArgs(s.etcdQuota))
 	if err := c.startEtcd(); err != nil {
 		return err
 	}
@@ -176,7 +186,7 @@ func (c *Cluster) start(ctx, lifetime context.Context, binaries Binaries, s sett
 	if err := c.awaitEtcd(ctx); err != nil {
 		return err
 	}
-	apiServer := c.add(lifetime, APIServer, binaries.APIServer, append(apiServerArgs(port), s.apiServerFlags...))
+	apiServer := c.add(APIServer, binaries.APIServer, append(apiServerArgs(port), s.apiServerFlags...))
 	if err := apiServer.start(); err != nil {
 		return err
 	}
@@ -189,11 +199,11 @@ func (c *Cluster) start(ctx, lifetime context.Context, binaries Binaries, s sett
 	}
 	// Not earlier: it looks for a healthy API server once a second only, and
 	// gives up after ten.
-	manager := c.add(lifetime, ControllerManager, binaries.ControllerManager, controllerManagerArgs())
+	manager := c.add(ControllerManager, binaries.ControllerManager, controllerManagerArgs())
 	if err := manager.start(); err != nil {
 		return err
 	}
-	return c.await(ctx, ControllerManager, func(ctx context.Context) error {
+	return manager.await(ctx, func(ctx context.Context) error {
 		_, err := c.client.CoreV1().ServiceAccounts(metav1.NamespaceDefault).Get(ctx, "default", metav1.GetOptions{})
 		return err
 	})
@@ -205,7 +215,7 @@ func (c *Cluster) prepare(ctx context.Context) error {
 	if c.authority, err = newAuthority(); err != nil {
 		return err
 	}
-	serving, err := c.authority.serving()
+	serving, err := c.authority.serving(string(APIServer))
 	if err != nil {
 		return err
 	}
@@ -256,36 +266,13 @@ func (c *Cluster) setUpAccess() error {
 	return c.WriteKubeconfig(c.dir.path(managerKubeconfig), manager)
 }
 
-func (c *Cluster) add(lifetime context.Context, name Component, path string, args []string) *process {
+func (c *Cluster) add(name Component, path string, args []string) *process {
 	p := &process{
-		name: name, path: path, args: args, lifetime: lifetime, launcher: c.launcher,
+		name: name, path: path, args: args, lifetime: c.lifetime, launcher: c.launcher,
 		dir: c.dir.root, log: c.dir.path(string(name) + ".log"),
 	}
 	c.processes[name] = p
 	return p
-}
-
-// await polls check until it returns nil, and gives up when the component has
-// exited, after readyTimeout, or with the context.
-func (c *Cluster) await(ctx context.Context, name Component, check func(context.Context) error) error {
-	p := c.processes[name]
-	ctx, cancel := context.WithTimeoutCause(ctx, readyTimeout, fmt.Errorf("not ready after %s", readyTimeout))
-	defer cancel()
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	for {
-		err := check(ctx)
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-p.exited():
-			return fmt.Errorf("%s exited before it was ready: %w; its log ends:\n%s", name, p.exitError(), tail(p.log))
-		case <-ctx.Done():
-			return fmt.Errorf("wait for %s: %w, last seen: %w; its log ends:\n%s", name, context.Cause(ctx), err, tail(p.log))
-		case <-tick.C:
-		}
-	}
 }
 
 // startEtcd starts etcd without the socket of a run before it, so that the
@@ -301,14 +288,14 @@ func (c *Cluster) startEtcd() error {
 }
 
 func (c *Cluster) awaitEtcd(ctx context.Context) error {
-	return c.await(ctx, Etcd, func(context.Context) error {
+	return c.processes[Etcd].await(ctx, func(context.Context) error {
 		_, err := os.Stat(c.dir.path(etcdSocket))
 		return err
 	})
 }
 
 func (c *Cluster) awaitReady(ctx context.Context) error {
-	return c.await(ctx, APIServer, c.probe.ready)
+	return c.processes[APIServer].await(ctx, c.probe.ready)
 }
 
 // Stop kills the components, waits until they are gone and removes the data
@@ -318,7 +305,14 @@ func (c *Cluster) Stop() error {
 	return c.stop()
 }
 
-func (c *Cluster) end(progress io.Writer) error {
+func (c *Cluster) end() error {
+	c.mu.Lock()
+	nodes := c.nodes
+	c.mu.Unlock()
+	var errs []error
+	for _, node := range nodes {
+		errs = append(errs, node.Stop())
+	}
 	// Nothing of a throw-away cluster is worth an orderly shutdown: the kill
 	// that the cancellation sends is quick and cannot hang.
 	c.cancel()
@@ -331,12 +325,12 @@ func (c *Cluster) end(progress io.Writer) error {
 	}
 	if c.dir.keep {
 		// A progress line that cannot be written must not fail the stop.
-		_, _ = fmt.Fprintf(progress, "cluster: logs and data kept in %s\n", c.dir.root)
+		_, _ = fmt.Fprintf(c.progress, "cluster: logs and data kept in %s\n", c.dir.root)
 	}
 	if err := c.dir.close(); err != nil {
-		return fmt.Errorf("remove the data folder: %w", err)
+		errs = append(errs, fmt.Errorf("remove the data folder: %w", err))
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // Dir returns the data folder, which Stop removes. The log of a component is
@@ -414,7 +408,7 @@ func (c *Cluster) RestartControllerManager(ctx context.Context, flags ...string)
 	if _, err := maps.Create(ctx, garbage, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("create something to collect: %w", err)
 	}
-	return c.await(ctx, ControllerManager, func(ctx context.Context) error {
+	return manager.await(ctx, func(ctx context.Context) error {
 		_, err := maps.Get(ctx, name, metav1.GetOptions{})
 		switch {
 		case apierrors.IsNotFound(err):

@@ -102,7 +102,7 @@ func controllerManagerArgs() []string {
 	}
 }
 
-// prober asks the API server how it is.
+// prober asks a component how it is.
 type prober struct {
 	url    string
 	token  string
@@ -116,28 +116,34 @@ func newProber(url, token string, ca *authority) *prober {
 	}}
 }
 
-// ready returns nil when the server says that it can serve.
+// ready returns nil when the API server says that it can serve. Otherwise, the
+// error lists what it still waits for.
 func (p *prober) ready(ctx context.Context) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url+"/readyz", nil)
+	_, err := p.get(ctx, "/readyz")
+	return err
+}
+
+// get returns what the component answers to a path, with an error where that is
+// not 200.
+func (p *prober) get(ctx context.Context, path string) (string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url+path, nil)
 	if err != nil {
-		return fmt.Errorf("build a probe: %w", err)
+		return "", fmt.Errorf("build a probe: %w", err)
 	}
 	req.Header.Set("Authorization", "Bearer "+p.token)
 	resp, err := p.client.Do(req)
 	if err != nil {
-		return fmt.Errorf("probe the API server: %w", err)
+		return "", fmt.Errorf("probe %s: %w", path, err)
 	}
 	defer func() { _ = resp.Body.Close() }()
-	if resp.StatusCode == http.StatusOK {
-		return nil
-	}
-	// The answer lists what it still waits for.
-	const longest = 8 << 10 // bytes
-	text, err := io.ReadAll(io.LimitReader(resp.Body, longest))
+	text, err := io.ReadAll(resp.Body)
 	if err != nil {
-		return fmt.Errorf("probe the API server: %w", err)
+		return "", fmt.Errorf("probe %s: %w", path, err)
 	}
-	return fmt.Errorf("probe the API server: %s: %s", resp.Status, text)
+	if resp.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("probe %s: %s: %s", path, resp.Status, text)
+	}
+	return string(text), nil
 }
 
 func (p *prober) close() {

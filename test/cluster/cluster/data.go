@@ -94,7 +94,9 @@ func sweep(parent string) {
 		if err != nil {
 			continue
 		}
-		_ = os.RemoveAll(dir)
+		if sweepCgroups(filepath.Base(dir)) == nil {
+			_ = os.RemoveAll(dir)
+		}
 		_ = lock.Close()
 	}
 }

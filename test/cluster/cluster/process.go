@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // errStopped is returned where something is to be started after Stop.
@@ -24,12 +25,23 @@ type launcher struct {
 	done     chan struct{} // closed when it has ended
 }
 
-func newLauncher() *launcher {
+// newLauncher returns one whose thread has run prepare first, where that is not
+// nil. What prepare does to the thread, such as giving it namespaces of its own,
+// holds for the children and for nobody else.
+func newLauncher(prepare func() error) (*launcher, error) {
 	l := &launcher{requests: make(chan func()), quit: make(chan struct{}), done: make(chan struct{})}
+	prepared := make(chan error, 1)
 	go func() {
 		defer close(l.done)
 		// Never unlocked: the thread ends with this goroutine.
 		runtime.LockOSThread()
+		if prepare != nil {
+			if err := prepare(); err != nil {
+				prepared <- err
+				return
+			}
+		}
+		prepared <- nil
 		for {
 			select {
 			case request := <-l.requests:
@@ -39,7 +51,7 @@ func newLauncher() *launcher {
 			}
 		}
 	}()
-	return l
+	return l, <-prepared
 }
 
 // start starts a command; after close it returns an error.
@@ -68,6 +80,10 @@ type process struct {
 	log      string
 	lifetime context.Context // ends every run
 	launcher *launcher
+	// untied processes die with the first one of their PID namespace. They
+	// cannot be tied to this process: Go has a child kill itself whose parent is
+	// not to be seen from where it is.
+	untied bool
 
 	mu  sync.Mutex
 	run *processRun // the latest run, nil before the first
@@ -115,7 +131,9 @@ func (p *process) start() error {
 	// A process group of its own, so that Ctrl-C in a terminal reaches the
 	// parent only, which then ends the components.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	dieWithParent(cmd.SysProcAttr)
+	if !p.untied {
+		dieWithParent(cmd.SysProcAttr)
+	}
 
 	run := &processRun{cmd: cmd, cancel: cancel, exited: make(chan struct{})}
 	if err := p.launcher.start(cmd); err != nil {
@@ -172,6 +190,28 @@ func (p *process) exitError() error {
 		return err
 	}
 	return fmt.Errorf("exit status 0: %w", ErrNotRunning)
+}
+
+// await polls check until it returns nil, and gives up when the process has
+// exited, after readyTimeout, or with the context.
+func (p *process) await(ctx context.Context, check func(context.Context) error) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, readyTimeout, fmt.Errorf("not ready after %s", readyTimeout))
+	defer cancel()
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for {
+		err := check(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-p.exited():
+			return fmt.Errorf("%s exited before it was ready: %w; its log ends:\n%s", p.name, p.exitError(), tail(p.log))
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s: %w, last seen: %w; its log ends:\n%s", p.name, context.Cause(ctx), err, tail(p.log))
+		case <-tick.C:
+		}
+	}
 }
 
 func (p *process) latest() *processRun {

@@ -140,7 +140,7 @@ func (h *Held) decide(err error) {
 // cluster's authority. The context bounds the start only; the caller closes
 // the proxy before it stops the cluster.
 func (c *Cluster) Proxy(ctx context.Context) (*Proxy, error) {
-	serving, err := c.authority.serving()
+	serving, err := c.authority.serving("proxy")
 	if err != nil {
 		return nil, err
 	}

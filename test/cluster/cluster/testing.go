@@ -3,6 +3,8 @@ package cluster
 import (
 	"context"
 	"crypto/rand"
+	"fmt"
+	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -27,6 +29,55 @@ func Start(t testing.TB, opts ...Option) *Cluster {
 		}
 	})
 	return c
+}
+
+// skippedEnv names a file that collects the names of skipped tests, a line each.
+const skippedEnv = "IMPS_TEST_SKIPPED"
+
+// NeedNode skips a test where no node can run, and adds its name to the file
+// that IMPS_TEST_SKIPPED names, if any. Where CI is set, it fails the test: CI
+// runs everything.
+func NeedNode(t testing.TB) {
+	t.Helper()
+	_, err := findHostPrograms()
+	if err == nil {
+		return
+	}
+	if os.Getenv("CI") != "" {
+		t.Fatal(err)
+	}
+	if path := os.Getenv(skippedEnv); path != "" {
+		list, openErr := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600) //nolint:gosec // named by whoever runs the tests
+		if openErr != nil {
+			t.Fatal(openErr)
+		}
+		defer func() { _ = list.Close() }()
+		if _, err := fmt.Fprintln(list, t.Name()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Skip(err)
+}
+
+// NodeFor starts a node for one test and stops it with the test; see NeedNode
+// for where none can run. When the test fails, it prints the end of the
+// kubelet's log.
+func (c *Cluster) NodeFor(t testing.TB, cfg NodeConfig) *Node {
+	t.Helper()
+	NeedNode(t)
+	n, err := c.StartNode(t.Context(), cfg)
+	if err != nil {
+		t.Fatalf("start a node: %v", err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the kubelet's log ends:\n%s", tail(n.Log()))
+		}
+		if err := n.Stop(); err != nil {
+			t.Errorf("stop the node: %v", err)
+		}
+	})
+	return n
 }
 
 var notDNS = regexp.MustCompile(`[^a-z0-9]+`)
