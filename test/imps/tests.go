@@ -15,9 +15,10 @@ import (
 )
 
 // RunTests runs the tests of a package on a control plane of their own, with imps installed, and returns the exit code.
-// prepare builds what they run, into a folder that goes with them. root is the folder of the repository.
-func RunTests(m *testing.M, root string, control **cluster.Cluster, prepare func(ctx context.Context, dir string) error) int {
-	code, err := runTests(context.Background(), m, root, control, prepare)
+// prepare builds what they run, into a folder that goes with them. root is the folder of the repository; values are the
+// chart's, as Install takes them.
+func RunTests(m *testing.M, root string, control **cluster.Cluster, prepare func(ctx context.Context, dir string) error, values ...string) int {
+	code, err := runTests(context.Background(), m, root, control, prepare, values)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -25,7 +26,7 @@ func RunTests(m *testing.M, root string, control **cluster.Cluster, prepare func
 	return code
 }
 
-func runTests(ctx context.Context, m *testing.M, root string, control **cluster.Cluster, prepare func(ctx context.Context, dir string) error) (code int, err error) {
+func runTests(ctx context.Context, m *testing.M, root string, control **cluster.Cluster, prepare func(ctx context.Context, dir string) error, values []string) (code int, err error) {
 	dir, err := os.MkdirTemp("", "imps-test-")
 	if err != nil {
 		return 1, err
@@ -37,7 +38,7 @@ func runTests(ctx context.Context, m *testing.M, root string, control **cluster.
 	if *control, err = cluster.Run(ctx); err != nil {
 		return 1, err
 	}
-	if err = Install(ctx, root, *control); err == nil {
+	if err = Install(ctx, root, *control, values...); err == nil {
 		code = m.Run()
 	}
 	return code, errors.Join(err, (*control).Stop(), goleak.Find())

@@ -2,12 +2,12 @@ package registry
 
 import (
 	"context"
-	"crypto/subtle"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 
@@ -31,7 +31,7 @@ type Host struct {
 	server *httptest.Server
 
 	mu        sync.Mutex
-	passwords map[string]string
+	passwords map[string][]string
 	guard     func(http.Handler) http.Handler
 	counts    Counts
 }
@@ -67,7 +67,7 @@ func (r *Hosts) Host(name string) *Host {
 	if h := r.hosts[name]; h != nil {
 		return h
 	}
-	h := &Host{passwords: map[string]string{}}
+	h := &Host{passwords: map[string][]string{}}
 	h.server = httptest.NewServer(h.count(r.anyRepository()))
 	h.Address = h.server.Listener.Addr().String()
 	r.hosts[name] = h
@@ -106,11 +106,11 @@ func (r *Hosts) anyRepository() http.Handler {
 	}}
 }
 
-// Allow lets in a user with a password, instead of any that the user had before.
-func (h *Host) Allow(user, password string) {
+// Allow lets in a user with any of these passwords, instead of any that the user had before.
+func (h *Host) Allow(user string, passwords ...string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.passwords[user] = password
+	h.passwords[user] = passwords
 }
 
 // Revoke lets a user in no more.
@@ -178,9 +178,9 @@ func (h *Host) basicAuth(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		user, password, _ := r.BasicAuth()
 		h.mu.Lock()
-		good, ok := h.passwords[user]
+		good := slices.Contains(h.passwords[user], password)
 		h.mu.Unlock()
-		if !ok || subtle.ConstantTimeCompare([]byte(good), []byte(password)) == 0 {
+		if !good {
 			w.Header().Set("Www-Authenticate", `Basic realm="test"`)
 			w.Header().Set("Content-Type", "application/json")
 			w.WriteHeader(http.StatusUnauthorized)
