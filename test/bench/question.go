@@ -138,23 +138,20 @@ func requestFor(image, namespace string) ([]byte, error) {
 func serviceAccountToken(namespace string, now time.Time) (string, error) {
 	const uid = "7e0c1c5e-3f0b-4a55-9d6a-0d6f0d5c8a51"
 	named := func(name string) map[string]string { return map[string]string{"name": name, "uid": uid} }
-	parts := []any{
-		map[string]string{"alg": "RS256", "kid": rand.Text() + rand.Text()[:17]},
-		map[string]any{
-			"aud": []string{"imps"}, "exp": now.Add(time.Hour).Unix(), "iat": now.Unix(), "nbf": now.Unix(),
-			"iss": "https://kubernetes.default.svc", "jti": uid, "sub": "system:serviceaccount:" + namespace + ":default",
-			"kubernetes.io": map[string]any{"namespace": namespace, "node": named("node-1"), "pod": named("app"), "serviceaccount": named("default")},
-		},
+	header, err := json.Marshal(map[string]string{"alg": "RS256", "kid": rand.Text() + rand.Text()[:17]})
+	if err != nil {
+		return "", fmt.Errorf("encode a token: %w", err)
 	}
-	token := ""
-	for _, part := range parts {
-		raw, err := json.Marshal(part)
-		if err != nil {
-			return "", fmt.Errorf("encode a token: %w", err)
-		}
-		token += base64.RawURLEncoding.EncodeToString(raw) + "."
+	claims, err := json.Marshal(map[string]any{
+		"aud": []string{"imps"}, "exp": now.Add(time.Hour).Unix(), "iat": now.Unix(), "nbf": now.Unix(),
+		"iss": "https://kubernetes.default.svc", "jti": uid, "sub": "system:serviceaccount:" + namespace + ":default",
+		"kubernetes.io": map[string]any{"namespace": namespace, "node": named("node-1"), "pod": named("app"), "serviceaccount": named("default")},
+	})
+	if err != nil {
+		return "", fmt.Errorf("encode a token: %w", err)
 	}
-	return token + base64.RawURLEncoding.EncodeToString(randomBytes(256)), nil
+	encode := base64.RawURLEncoding.EncodeToString
+	return encode(header) + "." + encode(claims) + "." + encode(randomBytes(256)), nil
 }
 
 func randomBytes(n int) []byte {
