@@ -56,13 +56,15 @@ const (
 	setOne   = "1 record"
 	setMany  = "1,000 records"
 	setGlobs = "1,000 globs"
+	setShape = "1,000 globs of one shape"
 )
 
 const (
 	ecrRegion = "eu-central-1"
 	ecrHost   = "123456789012.dkr.ecr." + ecrRegion + ".amazonaws.com"
-	// otherHost has as many labels as ecrHost, so that keys with globs for that are looked at.
-	otherHost = "123456789012.dkr.ecr.eu-south-2.amazonaws.com"
+	// ecrGlob matches ecrHost, and not otherHost, for which it has to be looked at.
+	ecrGlob   = "1234*.dkr.ecr." + ecrRegion + ".amazonaws.com"
+	otherHost = "210987654321.dkr.ecr." + ecrRegion + ".amazonaws.com"
 )
 
 // The namespaces: one with as many records as there are, one that has nothing for certain, and one that nobody has dealt with.
@@ -227,8 +229,12 @@ func (p *providers) build(ctx context.Context, root string, r *providerRun) erro
 func (p *providers) imps() (questions []question, alive *nodecache.Writer, err error) {
 	add := func(name, dir string, scope nodecache.Scope, host string, check func([]byte) error, every int) error {
 		request, err := requestFor(host+"/team/app", scope.Namespace)
+		flag := "--scope=Node"
+		if scope != nodecache.Node {
+			flag = "--scope=Namespace"
+		}
 		questions = append(questions, question{
-			name: name, command: []string{filepath.Join(p.bin, impsProvider), "--cache-dir=" + dir}, request: request, check: check, every: every,
+			name: name, command: []string{filepath.Join(p.bin, impsProvider), flag, "--cache-dir=" + dir}, request: request, check: check, every: every,
 		})
 		return err
 	}
@@ -267,16 +273,18 @@ type recordSet struct {
 // recordSets all have exactly one key for ecrHost, the last, and none for otherHost.
 func recordSets() []recordSet {
 	const others = 999
-	literals, globs := make([]string, 0, others+1), make([]string, 0, others+1)
+	var literals, globs, shape []string
 	for i := range others {
 		literals = append(literals, fmt.Sprintf("registry-%03d.team.example", i))
-		// Of the same shape, so that all have to be looked at.
 		globs = append(globs, fmt.Sprintf("*.dkr.ecr.region-%03d.amazonaws.com", i))
+		// They differ in the label that is a glob, so that all have to be looked at.
+		shape = append(shape, fmt.Sprintf("9%03d*.dkr.ecr.%s.amazonaws.com", i, ecrRegion))
 	}
 	return []recordSet{
 		{setOne, []string{ecrHost}},
 		{setMany, append(literals, ecrHost)},
-		{setGlobs, append(globs, "*.dkr.ecr."+ecrRegion+".amazonaws.com")},
+		{setGlobs, append(globs, ecrGlob)},
+		{setShape, append(shape, ecrGlob)},
 	}
 }
 

@@ -183,7 +183,7 @@ func TestGoalsOfTheProviderLeaveOutWhatWaits(t *testing.T) {
 	}
 	run := sizeRun{Size: sizeProvider, Provider: &providerRun{
 		Answers: []answers{
-			answer(answerHit, 2, 3), answer("imps: hit, Node, "+setGlobs, 4, 5), answer(answerWaits, 500, 6),
+			answer(answerHit, 2, 3), answer("imps: hit, Node, "+setShape, 4, 5), answer(answerWaits, 500, 6),
 			answer(besideName(0), 8, 20), answer(besideName(latencies[1]), 20, 20), answer(besideName(latencies[2]), 40, 20),
 		},
 		Bursts: []burst{{Name: answerHit}, {Name: besideName(0), Calls: 100}},
