@@ -308,7 +308,11 @@ func write(dir string, scopes map[nodecache.Scope][]nodecache.Entry) error {
 		return err
 	}
 	for scope, entries := range scopes {
-		if err := writer.Set(scope, entries); err != nil {
+		skipped, err := writer.Set(scope, entries)
+		if skipped > 0 {
+			err = errors.Join(err, fmt.Errorf("%d entries are not written", skipped))
+		}
+		if err != nil {
 			return errors.Join(fmt.Errorf("write a node cache: %w", err), writer.Close())
 		}
 	}
