@@ -15,7 +15,7 @@ type result struct {
 	Runs    []sizeRun `json:"runs"`
 }
 
-// sizeRun is one run of one size, on a control plane of its own.
+// sizeRun is one run of one size, on a control plane of its own but for size provider.
 type sizeRun struct {
 	Size   string `json:"size"`
 	Pods   int    `json:"podNamespaces"`
@@ -25,11 +25,13 @@ type sizeRun struct {
 	// Cuts is how often the API server has ended the watcher's watch; some times are then
 	// longer than they were.
 	Cuts   int     `json:"watcherCuts"`
-	Floor  floor   `json:"floor"`
+	Floor  floor   `json:"floor,omitzero"`
 	Phases []phase `json:"phases"`
 	// Memory is what each process used after the idle time, when it had everything, and at
 	// the end.
 	Memory map[string]memory `json:"memory"`
+	// Provider is what size provider has measured, and nothing else.
+	Provider *providerRun `json:"provider,omitempty"`
 }
 
 // phase is one kind of change, from its trigger to what imps has made of it.

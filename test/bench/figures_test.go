@@ -143,6 +143,7 @@ func TestParseRefusesWhatMakesNoSense(t *testing.T) {
 		"a size that is not there": {"--sizes=tiny"},
 		"an argument":              {"small"},
 		"no run":                   {"--repeats=0"},
+		"no question":              {"--answers=0"},
 		"no rate":                  {"--rate=0"},
 		"time before now":          {"--idle=-1s"},
 		"fewer than no namespaces": {"--namespaces=-1"},
@@ -155,5 +156,5 @@ func TestParseRefusesWhatMakesNoSense(t *testing.T) {
 	}
 	s, err := parse(nil, io.Discard)
 	require.NoError(t, err)
-	require.Equal(t, []string{"small", "large"}, s.sizes)
+	require.Equal(t, []string{"small", "large", sizeProvider}, s.sizes)
 }

@@ -1,5 +1,10 @@
 package main
 
+import (
+	"fmt"
+	"strings"
+)
+
 // goal is what imps has to achieve, beside what was measured. The fields that scripts want
 // are exported.
 type goal struct {
@@ -46,6 +51,9 @@ func rulesOf(size string) []rule {
 			{name: "resident memory, the largest process of imps", unit: "MiB", seen: largestResident},
 			{name: "writes in the idle time but the Lease", seen: idleWrites, limit: atMost(0)},
 		}
+	}
+	if size == sizeProvider {
+		return providerRules()
 	}
 	single := func(name, phase, p50Before, p99Before string) {
 		p50 := func(r sizeRun) float64 { return r.phase(phase).Latency.P50 }
@@ -136,3 +144,40 @@ func otherWrites(r sizeRun) (n int) {
 	}
 	return n
 }
+
+// providerRules are those of size provider.
+func providerRules() []rule {
+	p50 := func(a answers) float64 { return a.Times.P50 }
+	of := func(name string) func(sizeRun) float64 {
+		return func(r sizeRun) float64 { return p50(r.Provider.answer(name)) }
+	}
+	// slowest is over what imps answers at once.
+	slowest := func(shape bool) func(sizeRun) float64 {
+		return func(r sizeRun) float64 {
+			return r.Provider.most(func(name string) bool {
+				return isImpsAnswer(name) && name != answerWaits && strings.HasSuffix(name, setShape) == shape
+			}, p50)
+		}
+	}
+	rules := []rule{
+		{name: "imps, the slowest question with up to 1,000 records or globs, p50", unit: "ms", seen: slowest(false), limit: atMost(3)},
+		{name: "imps, the slowest question with " + setShape + ", p50", unit: "ms", seen: slowest(true), limit: atMost(3)},
+	}
+	for _, latency := range latencies {
+		beside := besideName(latency)
+		rules = append(rules, rule{name: "a hit of imps, of " + beside + ", p50", unit: "%",
+			seen: func(r sizeRun) float64 { return 100 * of(answerHit)(r) / of(beside)(r) }, limit: atMost(20)})
+	}
+	return append(rules,
+		rule{name: "peak memory of imps, the most of all questions", unit: "MiB",
+			seen: func(r sizeRun) float64 {
+				return r.Provider.most(isImpsAnswer, func(a answers) float64 { return a.PeakMiB })
+			},
+			limit: atMost(10)},
+		rule{name: "size of " + impsProvider, unit: "MB", seen: func(r sizeRun) float64 { return r.Provider.BinaryMB[impsProvider] }, limit: atMost(3)},
+		rule{name: "size of " + ecrProvider, unit: "MB", seen: func(r sizeRun) float64 { return r.Provider.BinaryMB[ecrProvider] }},
+		rule{name: fmt.Sprintf("calls to AWS, %d repositories at once", pulls), seen: func(r sizeRun) float64 { return float64(r.Provider.burst(answerHit).Calls) }, limit: atMost(0)})
+}
+
+// isImpsAnswer tells the answers of imps-credprovider by their names.
+func isImpsAnswer(name string) bool { return strings.HasPrefix(name, "imps: ") }

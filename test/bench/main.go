@@ -1,5 +1,5 @@
 // Command bench measures imps on a real API server, beside what the API server itself
-// allows: `make bench`. The method, and what the figures mean, is in docs/benchmarks.md.
+// allows, and its credential provider beside that of AWS: `make bench`. The method, and what the figures mean, is in docs/benchmarks.md.
 package main
 
 import (
@@ -27,6 +27,7 @@ type settings struct {
 	sizes      []string
 	namespaces int
 	repeats    int
+	answers    int
 	rate       float64
 	idle       time.Duration
 	json       string
@@ -39,9 +40,10 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	flags := pflag.NewFlagSet("bench", pflag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.SortFlags = false
-	flags.StringSliceVar(&s.sizes, "sizes", []string{"small", "large"}, "what to measure: "+strings.Join(sizeNames(), ", "))
+	flags.StringSliceVar(&s.sizes, "sizes", []string{"small", "large", sizeProvider}, "what to measure: "+strings.Join(sizeNames(), ", "))
 	flags.IntVar(&s.namespaces, "namespaces", 0, "namespaces of each kind, in place of the size's own `number`")
 	flags.IntVar(&s.repeats, "repeats", 1, "how often each size is measured; medians are shown")
+	flags.IntVar(&s.answers, "answers", 300, "how often size "+sizeProvider+" asks each question")
 	flags.Float64Var(&s.rate, "rate", 20, "triggers a second")
 	flags.DurationVar(&s.idle, "idle", time.Minute, "how long to count the requests of processes that have nothing to do")
 	flags.StringVar(&s.json, "json", "", "write every figure of every run to this `file`")
@@ -58,8 +60,8 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	switch {
 	case flags.NArg() > 0:
 		return s, fmt.Errorf("%q is not understood: there are only flags", flags.Arg(0))
-	case s.namespaces < 0 || s.repeats < 1 || s.rate <= 0 || s.idle < 0:
-		return s, errors.New("--namespaces and --idle must not be below zero, --repeats and --rate must be above")
+	case s.namespaces < 0 || s.repeats < 1 || s.answers < 1 || s.rate <= 0 || s.idle < 0:
+		return s, errors.New("--namespaces and --idle must not be below zero, --repeats, --answers and --rate must be above")
 	}
 	return s, nil
 }

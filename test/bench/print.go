@@ -32,15 +32,23 @@ func (t *table) add(cells ...string) { t.rows = append(t.rows, cells) }
 func (r *result) print(w io.Writer, markdown bool) error {
 	var text strings.Builder
 	m := r.Machine
-	fmt.Fprintf(&text, "%s, %d cores, %d MiB, Linux %s; %s, Kubernetes %s, imps at %s; %s.\n%g triggers a second.\n",
-		m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Go, m.Kubernetes, m.Source, m.Date, r.Rate)
+	fmt.Fprintf(&text, "%s, %d cores, %d MiB, Linux %s; %s, imps at %s; %s.\n", m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Go, m.Source, m.Date)
+	if m.Kubernetes != "" {
+		fmt.Fprintf(&text, "Kubernetes %s, %g triggers a second.\n", m.Kubernetes, r.Rate)
+	}
 	for _, size := range sizeNames() {
 		runs := r.of(size)
 		if len(runs) == 0 {
 			continue
 		}
 		text.WriteString(heading(runs, markdown))
-		for _, t := range []table{goalTable(goalsOf(runs)), timeTable(runs), requestTable(runs), idleTable(runs, r.Idle), memoryTable(runs), cpuTable(runs)} {
+		tables := []table{goalTable(goalsOf(runs))}
+		if size == sizeProvider {
+			tables = append(tables, answerTable(runs), burstTable(runs))
+		} else {
+			tables = append(tables, timeTable(runs), requestTable(runs), idleTable(runs, r.Idle), memoryTable(runs), cpuTable(runs))
+		}
+		for _, t := range tables {
 			t.write(&text, markdown)
 		}
 	}
@@ -73,8 +81,11 @@ func heading(runs []sizeRun, markdown bool) string {
 		loads = append(loads, fmt.Sprintf("%.2f", run.Load))
 		cuts += run.Cuts
 	}
-	return fmt.Sprintf("\n%s%s: %d + %d namespaces\n\nRuns: %d. Load of the machine before each: %s. The watcher was cut off %d times.\n",
-		mark, first.Size, first.Pods, first.Labels, len(runs), strings.Join(loads, ", "), cuts)
+	load := fmt.Sprintf("Runs: %d. Load of the machine before each: %s.", len(runs), strings.Join(loads, ", "))
+	if first.Provider != nil {
+		return fmt.Sprintf("\n%s%s: beside %s\n\n%s\n", mark, first.Size, first.Provider.Beside, load)
+	}
+	return fmt.Sprintf("\n%s%s: %d + %d namespaces\n\n%s The watcher was cut off %d times.\n", mark, first.Size, first.Pods, first.Labels, load, cuts)
 }
 
 func goalTable(goals []goal) table {
@@ -218,6 +229,35 @@ func cpuTable(runs []sizeRun) table {
 			cells = append(cells, figure(median(runs, func(r sizeRun) float64 { return r.phase(p.Name).CPU[process] })))
 		}
 		t.add(cells...)
+	}
+	return t
+}
+
+// answerTable lists what became of each question to a provider.
+func answerTable(runs []sizeRun) table {
+	t := table{title: "Answers: times and CPU time in ms, memory in MiB"}
+	t.add("", "samples", "p50", "p90", "p99", "max", "CPU, p50", "peak memory")
+	for _, a := range runs[0].Provider.Answers {
+		of := func(f func(answers) float64) string {
+			return figure(median(runs, func(r sizeRun) float64 { return f(r.Provider.answer(a.Name)) }))
+		}
+		t.add(a.Name, fmt.Sprint(a.Times.Samples*len(runs)),
+			of(func(a answers) float64 { return a.Times.P50 }), of(func(a answers) float64 { return a.Times.P90 }),
+			of(func(a answers) float64 { return a.Times.P99 }), of(func(a answers) float64 { return a.Times.Max }),
+			of(func(a answers) float64 { return a.CPU.P50 }), of(func(a answers) float64 { return a.PeakMiB }))
+	}
+	return t
+}
+
+func burstTable(runs []sizeRun) table {
+	t := table{title: fmt.Sprintf("%d repositories of one registry at once", pulls)}
+	t.add("", "samples", "calls to AWS", "ms until all are answered, p50", "max")
+	for i, b := range runs[0].Provider.Bursts {
+		of := func(f func(burst) float64) string {
+			return figure(median(runs, func(r sizeRun) float64 { return f(r.Provider.Bursts[i]) }))
+		}
+		t.add(b.Name, fmt.Sprint(b.Times.Samples*len(runs)), of(func(b burst) float64 { return float64(b.Calls) }),
+			of(func(b burst) float64 { return b.Times.P50 }), of(func(b burst) float64 { return b.Times.Max }))
 	}
 	return t
 }

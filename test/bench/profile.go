@@ -17,7 +17,7 @@ import (
 // source: what ships cannot be profiled.
 func build(ctx context.Context, root, dir string, profiled bool) (string, error) {
 	binary := filepath.Join(dir, "imps-node")
-	args := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -X main.version=bench", "-o", binary}
+	var args []string
 	if profiled {
 		overlay := filepath.Join(dir, "overlay.json")
 		raw, err := json.Marshal(map[string]map[string]string{"Replace": {
@@ -31,13 +31,19 @@ func build(ctx context.Context, root, dir string, profiled bool) (string, error)
 		}
 		args = append(args, "-overlay", overlay)
 	}
-	command := exec.CommandContext(ctx, "go", append(args, "./cmd/imps-node")...) //nolint:gosec // the go tool
-	command.Dir = root
+	return binary, compile(ctx, root, "./cmd/imps-node", binary, args...)
+}
+
+// compile builds a package of the module in a folder with the flags of `make build`, and more.
+func compile(ctx context.Context, folder, pkg, binary string, more ...string) error {
+	args := append([]string{"build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -X main.version=bench", "-o", binary}, more...)
+	command := exec.CommandContext(ctx, "go", append(args, pkg)...) //nolint:gosec // the go tool
+	command.Dir = folder
 	command.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := command.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build imps-node: %w: %s", err, out)
+		return fmt.Errorf("build %s: %w: %s", filepath.Base(binary), err, out)
 	}
-	return binary, nil
+	return nil
 }
 
 // repository returns the folder of the source.
