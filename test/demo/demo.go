@@ -70,9 +70,9 @@ func (d *demo) steps() []step {
 		{"Namespaces are deselected", d.prune},
 	}
 	if d.keep {
-		return append(steps, step{"What it took", d.account}, step{accountsTitle, d.attach}, step{ecrTitle, d.ecr}, step{"Yours to try", d.wait})
+		return append(steps, step{"What it took", d.account}, step{accountsTitle, d.attach}, step{ecrTitle, d.ecr}, step{nodeTitle, d.node}, step{"Yours to try", d.wait})
 	}
-	return append(steps, step{"The resource is deleted", d.remove}, step{"What it took", d.account}, step{accountsTitle, d.attach}, step{ecrTitle, d.ecr})
+	return append(steps, step{"The resource is deleted", d.remove}, step{"What it took", d.account}, step{accountsTitle, d.attach}, step{ecrTitle, d.ecr}, step{nodeTitle, d.node})
 }
 
 const ecrTitle = "Amazon ECR: a token opens a registry, and the next one comes before it expires"
@@ -175,6 +175,10 @@ func (d *demo) wait(ctx context.Context) error {
 
 // eventually repeats a look until it finds no fault, or the time is up.
 func eventually(ctx context.Context, what string, look func(context.Context) error) error {
+	return eventuallyWithin(ctx, within, what, look)
+}
+
+func eventuallyWithin(ctx context.Context, within time.Duration, what string, look func(context.Context) error) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, within, fmt.Errorf("not within %s", within))
 	defer cancel()
 	tick := time.NewTicker(pollInterval)

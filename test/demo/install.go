@@ -34,7 +34,7 @@ func (d *demo) install(ctx context.Context) error {
 	d.note("cmd/imps-node and a registry are built after %.1f s", time.Since(begin).Seconds())
 
 	begin = time.Now()
-	if err := imps.Install(ctx, root, d.control); err != nil {
+	if err := imps.Install(ctx, root, d.control, "nodeCache.enabled=true"); err != nil {
 		return err
 	}
 	d.note("deploy/daemonset is rendered and applied after %.1f s: CRD, namespaces, identities, rights", time.Since(begin).Seconds())

@@ -29,17 +29,23 @@ func (d *demo) start(ctx context.Context) error {
 	d.say("   coordinator   token of ServiceAccount %s", imps.CoordinatorAccount)
 
 	for _, node := range []string{"node-a", "node-b"} {
-		agent, err := imps.Agent(ctx, d.control, node)
-		if err != nil {
-			return err
-		}
-		if err := d.launch(ctx, agent); err != nil {
+		if err := d.launchAgent(ctx, node); err != nil {
 			return err
 		}
 		d.say("   agent-%s  token of ServiceAccount %s, bound to a Pod on %s", node, imps.AgentAccount, node)
 	}
 	d.note("Each runs with the arguments that the chart gives it, and says that it is ready.")
 	return nil
+}
+
+// launchAgent starts the agent of a node, with a node cache of its own.
+func (d *demo) launchAgent(ctx context.Context, node string) error {
+	agent, err := imps.Agent(ctx, d.control, node)
+	if err != nil {
+		return err
+	}
+	agent.Args = append(agent.Args, "--node-cache-dir="+d.cacheDir(node))
+	return d.launch(ctx, agent)
 }
 
 // launch starts an imps-node and waits until it is ready.
