@@ -22,6 +22,7 @@ import (
 // explainFlags are the flags of explain pod.
 type explainFlags struct {
 	kubeconfig         string
+	systemNamespace    string
 	renderedNamespace  string
 	excludedNamespaces list
 	output             string
@@ -51,9 +52,14 @@ kubelet's last error, and what to do next. It follows the way that credentials t
   the ImagePullSecret delivers and selects the namespace; its Secret is there, and current; the Pod names it,
   itself or by its ServiceAccount, which named it before the Pod was made; the registry takes the credentials
 
+or, with spec.target.kubelet, which serves Pods that name no Secret as well:
+
+  the agent of the Pod's node has the credentials in its node cache, for the node or for the Pod's namespace
+
 It only reads, with your own rights, and says what you may not see. Credentials are never shown. All is known
 to whoever may get the Pod, its controller, ServiceAccount and Namespace, and Secrets in its namespace, and list
-Events and Pods in its namespace, ImagePullSecrets, and Secrets in the namespace of the rendered ones.
+Events and Pods in its namespace, ImagePullSecrets, and Secrets in the namespace of the rendered ones; where
+nodes serve their kubelets, get the Pod's Node, and the ConfigMap imps-node-NODE in the namespace of imps.
 
 Exit codes: 0 it is explained, 1 an error.`,
 		Example: `  imps-node explain pod shop/web-7d4b9c-x2x5z
@@ -72,6 +78,7 @@ Exit codes: 0 it is explained, 1 an error.`,
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringVar(&f.kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server; empty: as kubectl does")
+	flags.StringVar(&f.systemNamespace, "namespace", "imps-system", "`namespace` that imps runs in")
 	flags.StringVar(&f.renderedNamespace, "rendered-namespace", "imps-rendered", "`namespace` of the rendered Secrets")
 	flags.Var(&f.excludedNamespaces, "excluded-namespaces", "comma `list` of namespaces that no resource selects, as the coordinator has it")
 	bindEnvironment(flags)
@@ -102,7 +109,8 @@ func (f *explainFlags) validate() error {
 	if err != nil {
 		err = fmt.Errorf("--excluded-namespaces: %w", err)
 	}
-	return errors.Join(err, nameValid("rendered-namespace", f.renderedNamespace, validation.IsDNS1123Label), oneOf("output", f.output, outputTable, outputJSON))
+	return errors.Join(err, nameValid("namespace", f.systemNamespace, validation.IsDNS1123Label),
+		nameValid("rendered-namespace", f.renderedNamespace, validation.IsDNS1123Label), oneOf("output", f.output, outputTable, outputJSON))
 }
 
 func (f *explainFlags) run(cmd *cobra.Command) error {
@@ -111,7 +119,7 @@ func (f *explainFlags) run(cmd *cobra.Command) error {
 		return err
 	}
 	result, err := explain.Pod(cmd.Context(), explain.Config{
-		Client: client, RenderedNamespace: f.renderedNamespace, Excluded: impsync.Exclusion(f.excludedNamespaces),
+		Client: client, Namespace: f.systemNamespace, RenderedNamespace: f.renderedNamespace, Excluded: impsync.Exclusion(f.excludedNamespaces),
 	}, f.namespace, f.pod)
 	if err != nil {
 		return err
@@ -192,6 +200,11 @@ func writeExplanation(w io.Writer, result explain.Result) error {
 				names = "yes"
 			}
 			printRow(table, "  "+r.Name, string(r.Holds), selected, r.Secret, string(r.SecretState), names, account, string(r.Cause))
+		}
+		for _, r := range c.Resources {
+			if r.Kubelet != nil {
+				printRow(table, fmt.Sprintf("  %s, to the kubelet, scope %s: %s: %s", r.Name, r.Kubelet.Scope, r.Kubelet.Served, r.Kubelet.Why))
+			}
 		}
 	}
 	section(table, len(result.Unknown), "UNKNOWN")

@@ -7,11 +7,14 @@ import (
 
 	"k8s.io/client-go/rest"
 
+	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
 // Config is what Pod needs.
 type Config struct {
+	// Namespace holds the reports of nodes.
+	Namespace string
 	// RenderedNamespace holds the rendered Secrets, which say what each resource has credentials for.
 	RenderedNamespace string
 	// Excluded namespaces are never selected.
@@ -75,6 +78,17 @@ type Resource struct {
 	AttachedAt   *time.Time `json:"attachedAt,omitempty"`
 	// Expires is when its credentials for the image expire, if they do.
 	Expires *time.Time `json:"expires,omitempty"`
+	// Kubelet says what becomes of spec.target.kubelet; it is absent where the resource does not have that, or cannot be listed.
+	Kubelet *Kubelet `json:"kubelet,omitempty"`
+}
+
+// Kubelet says whether the credentials are where the kubelet of the Pod's node gets them for it without a Secret.
+type Kubelet struct {
+	// Scope is which Pods they are for: Namespace, those of the selected namespaces; Node, every Pod of the node.
+	Scope v1alpha1.KubeletScope `json:"scope"`
+	// Served says whether the node cache has them for the Pod, and Why; whether the kubelet asks for them is not to be seen.
+	Served Answer `json:"served"`
+	Why    string `json:"why"`
 }
 
 // Answer is yes, no, or unknown.
@@ -143,10 +157,12 @@ const (
 	CauseNotNamed       Cause = "NotNamed"       // neither the Pod nor its ServiceAccount names it
 	CauseNotAttached    Cause = "NotAttached"    // the ServiceAccount is to name it, and does not
 	CauseOwnPullSecrets Cause = "OwnPullSecrets" // the Pod names others, so that the ServiceAccount's do not count
+	CauseNodeNotServing Cause = "NodeNotServing" // the node's kubelet is to have them, and the node serves none
 	CauseAttachedLate   Cause = "AttachedLate"   // the Pod came before the ServiceAccount named it
 	CauseNameRemoved    Cause = "NameRemoved"    // the Pod came after, and does not name it all the same
 	CauseExpired        Cause = "TokenExpired"   // the credentials have expired
 	CauseTemplateNewer  Cause = "TemplateNewer"  // the template names it by now, and the Pod is of before
+	CauseNodeProvider   Cause = "NodeProvider"   // the node cache has them for the Pod, and its Secret does not bring them
 	CauseBackOff        Cause = "BackOff"        // all is there, and the kubelet tries again
 	CauseRefused        Cause = "Refused"        // the registry refuses the credentials
 	CauseImageNotFound  Cause = "ImageNotFound"  // the registry says that there is no such image
@@ -158,6 +174,6 @@ const (
 // way is the order of a resource's causes.
 var way = []Cause{
 	CauseNotDelivering, CauseNotSelected, CauseExcluded, CauseClaimed, CauseForeign, CauseNoSecret, CauseStale, CauseNotNamed,
-	CauseNotAttached, CauseOwnPullSecrets, CauseAttachedLate, CauseTemplateNewer, CauseNameRemoved, CauseExpired, CauseBackOff, CauseRefused, CauseImageNotFound, CauseLimited,
-	CausePullFailed, CauseServed,
+	CauseNotAttached, CauseOwnPullSecrets, CauseNodeNotServing, CauseAttachedLate, CauseTemplateNewer, CauseNameRemoved, CauseExpired,
+	CauseNodeProvider, CauseBackOff, CauseRefused, CauseImageNotFound, CauseLimited, CausePullFailed, CauseServed,
 }

@@ -231,7 +231,11 @@ func (j *judge) judge(c *Container, pulled, failing bool) verdict {
 	case j.pod.Spec.NodeName == "":
 		v = verdict{CauseNotScheduled, "no node has the Pod yet, so that nothing is pulled", "kubectl describe pod tells why it is not scheduled"}
 	}
-	if j.installed && best.cause != CauseServed && best.cause != CauseUnknown {
+	switch {
+	case !j.installed, best.cause == CauseServed, best.cause == CauseUnknown:
+	case best.cause == CauseNodeProvider:
+		v.why += "; if the image is private: " + best.why
+	default:
 		v.why += "; if the image is private, this is in the way: " + best.why
 	}
 	return v
@@ -241,10 +245,12 @@ func (j *judge) judge(c *Container, pulled, failing bool) verdict {
 func (j *judge) best(c *Container) verdict {
 	// Of those that have none, one that selects the namespace may be what is meant to.
 	broken := slices.IndexFunc(c.Resources, func(r Resource) bool { return r.Cause == CauseNotDelivering && r.Selected == Yes })
-	if len(c.Resources) > 0 && c.Resources[0].Holds == Yes && (broken < 0 || c.Resources[0].Selected != No) {
+	// A node may serve what selects nothing.
+	counts := func(r Resource) bool { return r.Selected != No || further(r.Cause, CauseNotSelected) }
+	if len(c.Resources) > 0 && c.Resources[0].Holds == Yes && (broken < 0 || counts(c.Resources[0])) {
 		first := c.Resources[0]
 		v := verdict{first.Cause, "ImagePullSecret " + first.Name + ": " + first.Why, first.Next}
-		if first.Cause == CauseRefused || first.Cause == CauseImageNotFound {
+		if first.Cause == CauseRefused || first.Cause == CauseImageNotFound || first.Cause == CauseNodeProvider {
 			// Others may be meant for just this repository.
 			for _, r := range c.Resources[1:] {
 				if r.Holds == Yes && r.Cause != first.Cause {
@@ -359,7 +365,7 @@ func (j *judge) resource(r *v1alpha1.ImagePullSecret, c *Container, failing bool
 		}
 	}
 	found.Expires = expiry(rendered, held, c.Image)
-	v := j.way(r, &found, deliversNothing, s, c, failing)
+	v := join(j.way(r, &found, deliversNothing, s, c, failing), j.byNode(r, &found, held, c, failing))
 	found.Cause, found.Why, found.Next, found.Secret = v.cause, printable(v.why), printable(v.next), printable(found.Secret)
 	return found
 }
@@ -515,8 +521,8 @@ func (j *judge) way(r *v1alpha1.ImagePullSecret, found *Resource, deliversNothin
 		if condition := meta.FindStatusCondition(r.Status.Conditions, v1alpha1.ConditionSecretsReady); condition != nil && condition.Status != metav1.ConditionTrue {
 			why += "; " + v1alpha1.ConditionSecretsReady + " says: " + condition.Message
 		}
-		if n := r.Status.Namespaces; n != nil && n.Excluded > 0 && len(j.excluded) == 0 {
-			why += fmt.Sprintf("; %d namespaces are excluded by the coordinator's --excluded-namespaces, which were not given here", n.Excluded)
+		if excluded := j.untold(r); excluded != "" {
+			why += "; " + excluded
 		}
 		return verdict{CauseNoSecret, why, describe + "; also see that the Pod's node has an agent, and that a coordinator leads"}
 	case SecretStale:
@@ -526,7 +532,15 @@ func (j *judge) way(r *v1alpha1.ImagePullSecret, found *Resource, deliversNothin
 	if !found.PodNames {
 		return j.notNamed(r, found)
 	}
-	return j.pulls(r, found, s, c, failing, describe)
+	return j.pulls(r, found, s, c, failing)
+}
+
+// untold says that namespaces are excluded of which explain was not told; empty where none are.
+func (j *judge) untold(r *v1alpha1.ImagePullSecret) string {
+	if n := r.Status.Namespaces; n != nil && n.Excluded > 0 && len(j.excluded) == 0 {
+		return fmt.Sprintf("%d namespaces are excluded by the coordinator's --excluded-namespaces, which were not given here", n.Excluded)
+	}
+	return ""
 }
 
 // stale is the verdict on a Secret that is imps's and not what it should be.
@@ -601,14 +615,14 @@ func (j *judge) remake(r *v1alpha1.ImagePullSecret) string {
 const longestBackOff = 6 * time.Minute
 
 // pulls is the verdict where all is in its place.
-func (j *judge) pulls(r *v1alpha1.ImagePullSecret, found *Resource, s *secret, c *Container, failing bool, describe string) verdict {
+func (j *judge) pulls(r *v1alpha1.ImagePullSecret, found *Resource, s *secret, c *Container, failing bool) verdict {
 	secret := "Secret " + found.Secret + " is there, and the Pod names it"
 	if s == nil {
 		secret = "the Pod names Secret " + found.Secret + ", which cannot be read with these rights"
 	}
 	switch {
-	case found.Expires != nil && !j.now.Before(*found.Expires):
-		return verdict{CauseExpired, "its credentials for the image have expired at " + clock(*found.Expires) + ", and were not renewed", describe + ": SourcesReady tells why"}
+	case j.expired(found):
+		return expired(r, found)
 	case !failing:
 		return verdict{CauseServed, secret, "nothing"}
 	case s != nil && c.ErrorTime != nil && c.ErrorTime.Before(s.written) && j.now.Sub(s.written) < longestBackOff:
@@ -625,6 +639,15 @@ func (j *judge) pulls(r *v1alpha1.ImagePullSecret, found *Resource, s *secret, c
 	default:
 		return verdict{CausePullFailed, secret + "; why the pull fails all the same, the kubelet does not tell", "kubectl describe pod, and the kubelet's log, may say more"}
 	}
+}
+
+func (j *judge) expired(found *Resource) bool {
+	return found.Expires != nil && !j.now.Before(*found.Expires)
+}
+
+func expired(r *v1alpha1.ImagePullSecret, found *Resource) verdict {
+	return verdict{CauseExpired, "its credentials for the image have expired at " + clock(*found.Expires) + ", and were not renewed",
+		"kubectl describe imps " + r.Name + " says more: SourcesReady tells why"}
 }
 
 func clock(at time.Time) string { return at.UTC().Format(time.RFC3339) }

@@ -54,6 +54,7 @@ type facts struct {
 	// neighbours are the Pods of the namespace that are bound to a node, and the Pod itself; only that, unless seesPods.
 	neighbours []metav1.ObjectMeta
 	seesPods   bool
+	node       nodeFacts
 	// failures are Events of the kubelet about pulls of the Pod, the last one first.
 	failures []failure
 	unknown  []string
@@ -69,6 +70,15 @@ type secret struct {
 	// credentials are what it holds; err where that is nothing that a kubelet could use.
 	credentials dockerconfig.Config
 	err         error
+}
+
+// nodeFacts are what is known of the Pod's node, where a resource asks for its kubelet.
+type nodeFacts struct {
+	// report is its agent's, nil where there is none, or, unless seen, where that is not known.
+	report *impsync.Report
+	seen   bool
+	// kubelet is the version of its kubelet, empty where that is not known.
+	kubelet string
 }
 
 // failure is a pull that failed.
@@ -121,7 +131,7 @@ func (r *reader) read(ctx context.Context, namespace, name string) (*facts, erro
 	if f.pod, err = r.core.Pods(namespace).Get(ctx, name, metav1.GetOptions{}); err != nil {
 		return nil, err
 	}
-	for _, read := range []func(context.Context) error{r.readNamespace, r.readAccount, r.readTemplate, r.readEvents, r.readResources, r.readNeighbours, r.readSecrets} {
+	for _, read := range []func(context.Context) error{r.readNamespace, r.readAccount, r.readTemplate, r.readEvents, r.readResources, r.readNode, r.readNeighbours, r.readSecrets} {
 		if err := read(ctx); err != nil {
 			return nil, err
 		}
@@ -200,7 +210,7 @@ func (r *reader) readResources(ctx context.Context) error {
 		return nil
 	}
 	f.installed = true
-	if f.listed, err = r.may(err, "list ImagePullSecrets", "only those are known whose Secrets the Pod or its ServiceAccount names"); err != nil || !f.listed {
+	if f.listed, err = r.may(err, "list ImagePullSecrets", "only those are known whose Secrets the Pod or its ServiceAccount names, and not whether kubelets are served"); err != nil || !f.listed {
 		return err
 	}
 	f.resources = list.Items
@@ -234,6 +244,49 @@ func (r *reader) readResources(ctx context.Context) error {
 		}
 		f.rendered[resource.UID] = rendered
 	}
+	return nil
+}
+
+// readNode reads what is to be known of the Pod's node, where its kubelet may be served credentials for an image of the Pod.
+func (r *reader) readNode(ctx context.Context) error {
+	f, name, images := r.facts, r.facts.pod.Spec.NodeName, imagesOf(r.facts.pod)
+	scopes := map[v1alpha1.KubeletScope]bool{}
+	for i := range f.resources {
+		rendered := f.rendered[f.resources[i].UID]
+		if rendered.Kubelet != "" && serves(rendered, images) {
+			scopes[rendered.Kubelet] = true
+		}
+	}
+	byNamespace := scopes[v1alpha1.KubeletScopeNamespace]
+	if name == "" || !byNamespace && !scopes[v1alpha1.KubeletScopeNode] {
+		return nil
+	}
+	if byNamespace {
+		object, err := r.core.Nodes().Get(ctx, name, metav1.GetOptions{})
+		may, err := r.may(err, "get Node "+name, "whether its kubelet is new enough for the scope Namespace is unknown")
+		switch {
+		case may:
+			f.node.kubelet = object.Status.NodeInfo.KubeletVersion
+		case err != nil && !apierrors.IsNotFound(err):
+			return err
+		}
+	}
+	report := r.config.Namespace + "/" + impsync.ReportName(name)
+	object, err := r.core.ConfigMaps(r.config.Namespace).Get(ctx, impsync.ReportName(name), metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		f.node.seen = true
+		return nil
+	}
+	may, err := r.may(err, "get ConfigMap "+report, "whether the node serves its kubelet is unknown")
+	if !may {
+		return err
+	}
+	decoded, err := impsync.DecodeReport(object.Data)
+	if err != nil {
+		f.unknown = append(f.unknown, fmt.Sprintf("cannot read ConfigMap %s: %v", report, err))
+		return nil
+	}
+	f.node.report, f.node.seen = &decoded, true
 	return nil
 }
 

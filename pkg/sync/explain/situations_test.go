@@ -2,6 +2,7 @@ package explain
 
 import (
 	"encoding/json"
+	"slices"
 	"testing"
 	"time"
 
@@ -20,7 +21,8 @@ var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 // situation is a Pod that is refused, though all that imps has to do is done; what a test changes is what is the matter.
 type situation struct {
 	*facts
-	now time.Time
+	now      time.Time
+	excluded impsync.Exclusion
 }
 
 func newSituation(t *testing.T) *situation {
@@ -254,4 +256,158 @@ func TestTheImageOfAVolume(t *testing.T) {
 	require.Equal(t, "r.one/data", got[1].Repository)
 	require.Equal(t, CauseRefused, got[1].Cause)
 	require.Equal(t, "401 Unauthorized", got[1].Error)
+}
+
+// The Pod names no Secret in all of these but some, and the resource asks for kubelets.
+func TestSituationsOfTheNodeCache(t *testing.T) {
+	t.Parallel()
+	const namespace, node = v1alpha1.KubeletScopeNamespace, v1alpha1.KubeletScopeNode
+	render := func(change func(*impsync.Rendered)) func(*testing.T, *situation) {
+		return func(_ *testing.T, s *situation) {
+			r := s.rendered["uid-a"]
+			change(&r)
+			s.rendered["uid-a"] = r
+		}
+	}
+	named := func(s *situation) { s.pod.Spec.ImagePullSecrets = []corev1.LocalObjectReference{{Name: "pull"}} }
+	deselect := render(func(r *impsync.Rendered) { r.Namespaces.Names = nil })
+	unselected := func(t *testing.T, s *situation) {
+		deselect(t, s)
+		s.edit(func(r *v1alpha1.ImagePullSecret) { r.Spec.Target.Namespaces.Names = nil })
+		delete(s.account.Annotations, impsync.AnnotationAttached)
+		s.account.ImagePullSecrets, s.secrets["pull"] = nil, nil
+	}
+	byPods := func(t *testing.T, s *situation) {
+		render(func(r *impsync.Rendered) {
+			r.Namespaces.Names, r.Pods.Labels = nil, []metav1.LabelSelector{{MatchLabels: map[string]string{"pull": "x"}}}
+		})(t, s)
+		s.neighbours = []metav1.ObjectMeta{{Labels: map[string]string{"pull": "x"}}}
+	}
+	tests := map[string]struct {
+		scope  v1alpha1.KubeletScope
+		change func(t *testing.T, s *situation)
+		cause  Cause
+		served Answer
+		says   string // in why or next
+		not    string
+	}{
+		"the node has them for the namespace": {namespace, func(*testing.T, *situation) {}, CauseNodeProvider, Yes,
+			"either the kubelet does not ask for them, or the registry refuses them; by its Secret they do not come: ", ""},
+		"the node has them for all, and nothing selects the namespace": {node, unselected, CauseNodeProvider, Yes, "these credentials for every Pod of the node; whether the kubelet asks imps-credprovider", ""},
+		"the node has them, and another resource is broken that selects the namespace": {node, func(t *testing.T, s *situation) {
+			unselected(t, s)
+			s.resource(t, "broken", 1, "other", "r.two")
+			s.rendered["uid-broken"] = impsync.Rendered{}
+		}, CauseNodeProvider, Yes, "ImagePullSecret a: ", "broken"},
+		"the node has them for all, also in a namespace that is excluded": {node, func(_ *testing.T, s *situation) { s.excluded = impsync.Exclusion{"n"} }, CauseNodeProvider, Yes, "--excluded-namespaces excludes", ""},
+		"the namespace is excluded":                                       {namespace, func(_ *testing.T, s *situation) { s.excluded = impsync.Exclusion{"n"} }, CauseExcluded, No, "", "node n1"},
+		"the namespace may be excluded": {namespace, func(_ *testing.T, s *situation) {
+			s.secrets["pull"] = nil
+			s.edit(func(r *v1alpha1.ImagePullSecret) { r.Status.Namespaces = &v1alpha1.NamespaceCounts{Excluded: 3} })
+		}, CauseNoSecret, Unknown, "whether kubelets are served is not known: 3 namespaces", ""},
+		"nothing selects the namespace":                       {namespace, unselected, CauseNotSelected, No, "no selector of its spec.target selects namespace n", "kubelet"},
+		"the spec selects the namespace, and is not in force": {namespace, deselect, CauseNotDelivering, No, "is not in force yet", ""},
+		"a Pod elsewhere selects the namespace":               {namespace, byPods, CauseAttachedLate, No, "it came too early to get the name; for kubelets neither namespace n itself nor a Pod of it on this node is selected", ""},
+		"a Pod of the node selects the namespace": {namespace, func(t *testing.T, s *situation) {
+			byPods(t, s)
+			s.node.report.Demand = map[string][]types.UID{"n": {"uid-a"}}
+		}, CauseNodeProvider, Yes, "for Pods of namespace n", ""},
+		"whether a Pod of the node does is not to be seen": {namespace, func(t *testing.T, s *situation) {
+			byPods(t, s)
+			s.node = nodeFacts{}
+		}, CauseAttachedLate, Unknown, "whether namespace n is selected for kubelets is not known", ""},
+		"a static Pod, and the namespace's": {namespace, func(_ *testing.T, s *situation) {
+			s.pod.Spec.ServiceAccountName, s.account = "", nil
+		}, CauseNotNamed, No, "the Pod has no ServiceAccount, as static ones have none", ""},
+		"a static Pod, and the node's": {node, func(_ *testing.T, s *situation) {
+			s.pod.Spec.ServiceAccountName, s.account = "", nil
+		}, CauseNodeProvider, Yes, "", ""},
+		"the Pod has pull Secrets of its own": {namespace, func(_ *testing.T, s *situation) {
+			s.pod.Spec.ImagePullSecrets = []corev1.LocalObjectReference{{Name: "theirs"}}
+		}, CauseNodeProvider, Yes, "by its Secret they do not come: the Pod has pull Secrets of its own (theirs)", ""},
+		"a Secret in the way that is not imps's": {namespace, func(_ *testing.T, s *situation) {
+			named(s)
+			s.secrets["pull"].existing.Ownership = impsync.Foreign
+		}, CauseNodeProvider, Yes, "or delete or rename it", ""},
+		"the registry says that there is no such image": {namespace, func(_ *testing.T, s *situation) { s.says("ErrImagePull", "manifest unknown") }, CauseNodeProvider, Yes, "as some do to whoever has no right to it", ""},
+		"the registry limits pulls":                     {namespace, func(_ *testing.T, s *situation) { s.says("ErrImagePull", "toomanyrequests") }, CauseNodeProvider, Yes, "most of all without credentials", ""},
+		"nothing has failed so far":                     {namespace, func(_ *testing.T, s *situation) { s.says("ContainerCreating", "") }, CauseWaiting, Yes, "if the image is private: ImagePullSecret a: the agent of node n1 says", "tries again"},
+		"the Pod names the Secret as well":              {namespace, func(_ *testing.T, s *situation) { named(s) }, CauseRefused, Yes, "Secret pull is there, and the Pod names it; the registry refuses what it holds", "node n1"},
+		"the Pod names the Secret, and the node serves nothing": {namespace, func(_ *testing.T, s *situation) {
+			named(s)
+			s.node.report = nil
+		}, CauseRefused, No, "", "agent"},
+		"the credentials have expired": {namespace, render(func(r *impsync.Rendered) { r.Expiries = map[string]time.Time{"r.one": noon} }), CauseExpired, No, "have expired at 2026-03-01T12:00:00Z", "name"},
+		"the node has no agent, and the ServiceAccount would do": {namespace, func(_ *testing.T, s *situation) { s.node.report = nil },
+			CauseAttachedLate, No, "it came too early to get the name; node n1 serves nothing to its kubelet: no agent reports from it", ""},
+		"the node has no agent":               {node, func(t *testing.T, s *situation) { unselected(t, s); s.node.report = nil }, CauseNodeNotServing, No, "the chart's DaemonSet has a Pod on node n1", ""},
+		"the agent keeps no cache":            {node, func(t *testing.T, s *situation) { unselected(t, s); s.node.report.Kubelet = nil }, CauseNodeNotServing, No, "nodeCache.enabled", ""},
+		"the agent cannot write its cache":    {node, func(t *testing.T, s *situation) { unselected(t, s); s.node.report.Kubelet.Problem = "disk\x1b full" }, CauseNodeNotServing, No, "its agent says: disk  full", ""},
+		"the report is not to be seen":        {node, func(t *testing.T, s *situation) { unselected(t, s); s.node = nodeFacts{} }, CauseNotSelected, Unknown, "whether node n1 serves its kubelet is not known", ""},
+		"an old kubelet, and the namespace's": {namespace, func(_ *testing.T, s *situation) { s.account.ImagePullSecrets, s.node.kubelet = nil, "v1.33.9-eks-1" }, CauseNodeNotServing, No, "is v1.33.9-eks-1: before 1.34", ""},
+		"an old kubelet, and the node's":      {node, func(_ *testing.T, s *situation) { s.node.kubelet = "v1.33.9" }, CauseNodeProvider, Yes, "", ""},
+		"a kubelet of nobody knows which age": {namespace, func(_ *testing.T, s *situation) { s.node.kubelet = "" }, CauseAttachedLate, Unknown, "whether the kubelet of node n1 is of 1.34 or later", ""},
+		"no node has the Pod":                 {node, func(_ *testing.T, s *situation) { s.pod.Spec.NodeName = ""; s.says("", "") }, CauseNotScheduled, Unknown, "no node has the Pod yet, whose kubelet may be served", ""},
+		"the resource does not ask for it in force": {"", func(_ *testing.T, s *situation) {
+			s.edit(func(r *v1alpha1.ImagePullSecret) {
+				r.Spec.Target.Kubelet, r.Status.Reason = &v1alpha1.KubeletSpec{}, "a source is gone"
+			})
+		}, CauseAttachedLate, No, "spec.target.kubelet is not in force yet: a source is gone", ""},
+		"what the resource delivers is not to be seen": {"", func(_ *testing.T, s *situation) {
+			s.edit(func(r *v1alpha1.ImagePullSecret) { r.Spec.Target.Kubelet = &v1alpha1.KubeletSpec{} })
+			delete(s.rendered, "uid-a")
+		}, CauseAttachedLate, Unknown, "what kubelets are served of it is not known", ""},
+		"the resource is being deleted": {node, func(_ *testing.T, s *situation) {
+			s.edit(func(r *v1alpha1.ImagePullSecret) { r.DeletionTimestamp = &metav1.Time{Time: noon} })
+		}, CauseNotDelivering, No, "it is being deleted", "node"},
+		"an older resource has some for the registry": {node, func(t *testing.T, s *situation) {
+			unselected(t, s)
+			s.resource(t, "elder", -1, "elder", "r.one")
+			r := s.rendered["uid-elder"]
+			r.Kubelet = node
+			s.rendered["uid-elder"] = r
+		}, CauseNodeProvider, No, "ImagePullSecret elder: the agent of node n1 says", ""},
+		"older ones have some for another registry, in another scope, or for another namespace": {namespace, func(t *testing.T, s *situation) {
+			elder := func(name, registry string, scope v1alpha1.KubeletScope, selected string) {
+				s.resource(t, name, -1, name, registry)
+				r := s.rendered[types.UID("uid-"+name)]
+				r.Kubelet, r.Namespaces.Names = scope, []string{selected}
+				s.rendered[r.Resource.UID] = r
+			}
+			elder("of-another-registry", "r.one/app", namespace, "n")
+			elder("of-the-node", "r.one", node, "n")
+			elder("of-another-namespace", "r.one", namespace, "elsewhere")
+		}, CauseNodeProvider, Yes, "", "instead"},
+		"a token alone": {node, func(t *testing.T, s *situation) {
+			unselected(t, s)
+			r := s.rendered["uid-a"]
+			var err error
+			r.Target, err = r.Target.WithConfig(8, dockerconfig.NewSensitive(`{"auths":{"r.one":{"identitytoken":"`+canary+`"}}}`))
+			require.NoError(t, err)
+			s.rendered["uid-a"] = r
+		}, CauseNotSelected, No, "kubelets are served no credentials that are tokens alone", ""},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			s := newSituation(t)
+			s.pod.Spec.ImagePullSecrets = nil
+			s.node = nodeFacts{seen: true, report: &impsync.Report{Node: "n1", Kubelet: &impsync.KubeletReport{}}, kubelet: "v1.34.0"}
+			render(func(r *impsync.Rendered) { r.Kubelet = test.scope })(t, s)
+			test.change(t, s)
+			result := s.explain(s.excluded, s.now)
+			got := result.Containers[0]
+			of := slices.IndexFunc(got.Resources, func(r Resource) bool { return r.Name == "a" })
+			said := got.Why + "; " + got.Next + "; " + got.Resources[of].Next
+			require.Equal(t, test.cause, got.Cause, said)
+			require.Contains(t, said, test.says)
+			if test.not != "" {
+				require.NotContains(t, said, test.not)
+			}
+			require.Equal(t, test.served, got.Resources[of].Kubelet.Served, got.Resources[of].Kubelet.Why)
+			raw, err := json.Marshal(result)
+			require.NoError(t, err)
+			require.NotContains(t, string(raw), canary)
+			require.NotContains(t, string(raw), `\u001b`)
+		})
+	}
 }
