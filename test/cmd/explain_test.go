@@ -2,9 +2,11 @@ package cmd_test
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -33,6 +35,7 @@ type explained struct {
 			SelectedBy                                                      []string
 			PodNames                                                        bool
 			AttachedAt                                                      *time.Time
+			Kubelet                                                         *struct{ Scope, Served, Why string }
 		}
 	}
 	Unknown []string
@@ -81,6 +84,8 @@ type puller struct {
 	serviceAccount string
 	pullSecrets    []string
 	unbound        bool
+	// node is worker-1 where it is empty.
+	node string
 	// waiting is a reason and a message; empty: the container runs.
 	waiting, message string
 	// failed is the message of an Event of the kubelet, and since when that was.
@@ -95,7 +100,7 @@ func (p puller) create(t *testing.T, name string) {
 	made := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
 		Spec: corev1.PodSpec{
-			NodeName: "worker-1", ServiceAccountName: p.serviceAccount, AutomountServiceAccountToken: new(bool),
+			NodeName: cmp.Or(p.node, "worker-1"), ServiceAccountName: p.serviceAccount, AutomountServiceAccountToken: new(bool),
 			Containers: []corev1.Container{{Name: "app", Image: p.image}}, TerminationGracePeriodSeconds: new(int64),
 		},
 	}
@@ -357,6 +362,87 @@ func TestExplainFindsTheCause(t *testing.T) {
 		require.NoError(t, err)
 		got := explainJSON(t, admin, served+"/refused").Containers[0]
 		require.Equal(t, "SecretStale", got.Cause)
+	})
+}
+
+// What a node serves its kubelet is told, and what keeps it from that, where Pods name no Secret.
+func TestExplainSaysWhatTheNodeServes(t *testing.T) {
+	team := cluster.Prefix(t)
+	served, unselected := control.Namespace(t, map[string]string{"team": team}), control.Namespace(t, nil)
+	for scope, registry := range map[string]string{"Node": "r.one", "Namespace": "r.two"} {
+		resource(t, `{name: `+strings.ToLower(scope)+`-`+team+`}`, `
+  target:
+    secret: {name: imps-pull-secret}
+    namespaces: {labels: [{matchLabels: {team: `+team+`}}]}
+    kubelet: {scope: `+scope+`}
+  registry: {credentials: [{name: `+source(t, corev1.SecretTypeDockerConfigJson, dockerConfig(registry))+`, namespace: registry-access}]}`)
+	}
+	withCache, without, bare := team+"-cache", team+"-nocache", team+"-bare"
+	require.NoError(t, control.Node(t.Context(), bare))
+	start(t, "--duties=cluster", "--kubeconfig="+coordinatorKubeconfig(t))
+	start(t, "--node-name="+withCache, "--kubeconfig="+agentKubeconfig(t, withCache), "--node-cache-dir="+filepath.Join(t.TempDir(), "imps"))
+	start(t, "--node-name="+without, "--kubeconfig="+agentKubeconfig(t, without))
+
+	refused := func(node, namespace, image string) puller {
+		return puller{namespace: namespace, node: node, image: image, waiting: "ErrImagePull", message: "401 Unauthorized"}
+	}
+	admin := control.Kubeconfig()
+	for name, c := range map[string]struct {
+		puller
+		cause, resource, scope, served, why string
+	}{
+		"of-the-node":      {refused(withCache, unselected, "r.one/app"), "NodeProvider", "node-", "Node", "yes", "these credentials for every Pod of the node"},
+		"of-the-namespace": {refused(withCache, served, "r.two/app"), "NodeProvider", "namespace-", "Namespace", "yes", "these credentials for Pods of namespace " + served},
+		"of-another":       {refused(withCache, unselected, "r.two/app"), "NotSelected", "namespace-", "Namespace", "no", "neither namespace " + unselected + " itself nor a Pod of it"},
+		"without-cache":    {refused(without, served, "r.two/app"), "NodeNotServing", "namespace-", "Namespace", "no", "runs without --node-cache-dir"},
+		"without-agent":    {refused(bare, unselected, "r.one/app"), "NodeNotServing", "node-", "Node", "no", "no agent reports from it"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c.create(t, name)
+			var e explained
+			require.Eventually(t, func() bool { // until all is rendered, and reported
+				e = explainJSON(t, admin, c.namespace+"/"+name)
+				return e.Containers[0].Cause == c.cause
+			}, patience, pause)
+			require.Empty(t, e.Unknown)
+			r := e.Containers[0].Resources[0]
+			require.Equal(t, c.resource+team, r.Name)
+			require.Equal(t, []string{c.scope, c.served}, []string{r.Kubelet.Scope, r.Kubelet.Served}, r.Kubelet.Why)
+			require.Contains(t, r.Kubelet.Why, c.why)
+		})
+	}
+	t.Run("people get a line", func(t *testing.T) {
+		code, stdout, stderr := explain(t, admin, unselected+"/of-the-node")
+		require.Zero(t, code, stderr)
+		require.Regexp(t, `(?m)^  node-`+team+`, to the kubelet, scope Node: yes: the agent of node `+withCache+` says`, stdout)
+	})
+	t.Run("a kubelet before 1.34", func(t *testing.T) {
+		_, err := client(t).CoreV1().Nodes().Patch(t.Context(), withCache, types.MergePatchType, []byte(`{"status":{"nodeInfo":{"kubeletVersion":"v1.33.9"}}}`), metav1.PatchOptions{}, "status")
+		require.NoError(t, err)
+		got := explainJSON(t, admin, served+"/of-the-namespace").Containers[0]
+		require.Equal(t, "NodeNotServing", got.Cause)
+		require.Contains(t, got.Why, "is v1.33.9: before 1.34")
+	})
+	t.Run("a report that is none", func(t *testing.T) {
+		reports, name := client(t).CoreV1().ConfigMaps(systemNamespace), impsync.ReportName(bare)
+		_, err := reports.Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{impsync.ReportKey: "{}"}}, metav1.CreateOptions{})
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = reports.Delete(cleanupContext(t), name, metav1.DeleteOptions{}) })
+		e := explainJSON(t, admin, unselected+"/without-agent")
+		require.Equal(t, "NotSelected", e.Containers[0].Cause)
+		require.Equal(t, []string{"cannot read ConfigMap imps-system/" + name + ": node report: it names no node"}, e.Unknown)
+	})
+	t.Run("somebody who may not see nodes and their reports", func(t *testing.T) {
+		who := user(t, "no-nodes-"+team,
+			rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods", "secrets", "serviceaccounts", "events", "namespaces"}, Verbs: []string{"get", "list"}},
+			rbacv1.PolicyRule{APIGroups: []string{v1alpha1.GroupVersion.Group}, Resources: []string{v1alpha1.Resource.Resource}, Verbs: []string{"list"}})
+		e := explainJSON(t, who, served+"/of-the-namespace")
+		require.Equal(t, "NotNamed", e.Containers[0].Cause)
+		require.Equal(t, "unknown", e.Containers[0].Resources[0].Kubelet.Served)
+		require.Equal(t, []string{
+			"cannot get Node " + withCache + ": forbidden; whether its kubelet is new enough for the scope Namespace is unknown",
+			"cannot get ConfigMap imps-system/imps-node-" + withCache + ": forbidden; whether the node serves its kubelet is unknown",
+		}, e.Unknown)
 	})
 }
 
