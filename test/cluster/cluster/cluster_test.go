@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -207,7 +209,7 @@ func TestAClusterOfItsOwn(t *testing.T) {
 		_, err := streamList(t, c.Client(), "default")
 		require.True(t, apierrors.IsInvalid(err), "%v", err)
 
-		pids := []int{pid(c, Etcd), pid(c, APIServer), pid(c, ControllerManager)}
+		pids := []int{pid(c.processes[Etcd]), pid(c.processes[APIServer]), pid(c.processes[ControllerManager])}
 		require.NoError(t, c.Stop())
 		for _, pid := range pids {
 			require.True(t, gone(pid), "process %d", pid)
@@ -261,32 +263,17 @@ func TestAClusterOfItsOwn(t *testing.T) {
 	})
 
 	t.Run("its processes die with a killed parent, and the next start sweeps its folder", func(t *testing.T) {
+		if runtime.GOOS != "linux" {
+			t.Skip("only Linux ends the children of a killed parent")
+		}
 		temp := t.TempDir()
-		executable, err := os.Executable()
-		require.NoError(t, err)
-		child := exec.CommandContext(t.Context(), executable)
-		child.Env = append(os.Environ(), childEnv+"=1", "TMPDIR="+temp)
-		child.Stderr = os.Stderr
-		stdin, err := child.StdinPipe()
-		require.NoError(t, err)
-		stdout, err := child.StdoutPipe()
-		require.NoError(t, err)
-		require.NoError(t, child.Start())
-		t.Cleanup(func() {
-			_ = child.Process.Kill()
-			_ = child.Wait()
-		})
-		var dir string
-		pids := make([]int, 3)
-		_, err = fmt.Fscan(stdout, &dir, &pids[0], &pids[1], &pids[2])
-		require.NoError(t, err)
+		kill, dir, child := startChild(t, temp, "cluster")
+		pids := descendants(t, child)
+		require.Len(t, pids, 3)
 		sweep(temp)
 		require.DirExists(t, dir, "its owner lives")
 
-		require.NoError(t, child.Process.Kill())
-		_, _ = io.Copy(io.Discard, stdout)
-		require.Error(t, child.Wait())
-		_ = stdin.Close()
+		kill()
 		for _, pid := range pids {
 			poll(t, func(context.Context) bool { return gone(pid) })
 		}
@@ -294,6 +281,62 @@ func TestAClusterOfItsOwn(t *testing.T) {
 		sweep(temp)
 		require.NoDirExists(t, dir)
 	})
+}
+
+// startChild runs the test binary as a parent of a cluster, with a temporary
+// folder of its own, and returns what kills it, the cluster's folder and its own
+// process.
+func startChild(t *testing.T, temp, kind string) (kill func(), dir string, pid int) {
+	t.Helper()
+	executable, err := os.Executable()
+	require.NoError(t, err)
+	child := exec.CommandContext(t.Context(), executable)
+	child.Env = append(os.Environ(), childEnv+"="+kind, "TMPDIR="+temp)
+	child.Stderr = os.Stderr
+	stdin, err := child.StdinPipe()
+	require.NoError(t, err)
+	stdout, err := child.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, child.Start())
+	t.Cleanup(func() {
+		_ = child.Process.Kill()
+		_ = child.Wait()
+	})
+	_, err = fmt.Fscan(stdout, &dir)
+	require.NoError(t, err)
+	return func() {
+		require.NoError(t, child.Process.Kill())
+		_, _ = io.Copy(io.Discard, stdout)
+		require.Error(t, child.Wait())
+		_ = stdin.Close()
+	}, dir, child.Process.Pid
+}
+
+// descendants returns the processes that a process has started, and those that
+// they have.
+func descendants(t *testing.T, ancestor int) []int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc")
+	require.NoError(t, err)
+	children := map[int][]int{}
+	for _, entry := range entries {
+		pid, err := strconv.Atoi(entry.Name())
+		if err != nil {
+			continue
+		}
+		stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)) // it may be gone
+		_, rest, _ := strings.Cut(string(stat), ") ")
+		if fields := strings.Fields(rest); len(fields) > 1 {
+			parent, err := strconv.Atoi(fields[1])
+			require.NoError(t, err)
+			children[parent] = append(children[parent], pid)
+		}
+	}
+	found := children[ancestor]
+	for i := 0; i < len(found); i++ {
+		found = append(found, children[found[i]]...)
+	}
+	return found
 }
 
 // requireGarbageCollection needs the controller manager to work.

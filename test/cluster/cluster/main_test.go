@@ -12,8 +12,11 @@ import (
 )
 
 // childEnv has the test binary run a cluster until it is killed, in place of
-// the tests.
+// the tests; with a node where it is "node".
 const childEnv = "IMPS_CLUSTER_TEST_CHILD"
+
+// childNode is the name of that node.
+const childNode = "node-of-a-child"
 
 // shared is the cluster of all tests that need no other; they do not run in
 // parallel, since some of them stop its components.
@@ -40,18 +43,21 @@ func runTests(m *testing.M, stderr io.Writer) int {
 	return code
 }
 
-// runChild starts a cluster, prints its folder and its processes, and waits for
-// the end of its input, which does not come.
+// runChild starts a cluster, prints its folder, and waits for the end of its
+// input, which does not come.
 func runChild(stdin io.Reader, stdout, stderr io.Writer) int {
 	c, err := Run(context.Background())
+	if err == nil && os.Getenv(childEnv) == "node" {
+		_, err = c.StartNode(context.Background(), NodeConfig{Name: childNode})
+	}
 	if err == nil {
-		_, _ = fmt.Fprintln(stdout, c.Dir(), pid(c, Etcd), pid(c, APIServer), pid(c, ControllerManager))
+		_, _ = fmt.Fprintln(stdout, c.Dir())
 		_, err = io.Copy(io.Discard, stdin)
 	}
 	_, _ = fmt.Fprintln(stderr, err)
 	return 1
 }
 
-func pid(c *Cluster, name Component) int {
-	return c.processes[name].latest().cmd.Process.Pid
+func pid(p *process) int {
+	return p.latest().cmd.Process.Pid
 }

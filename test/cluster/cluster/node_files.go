@@ -33,9 +33,12 @@ const (
 	kubeletCert          = filesFolder + "/kubelet.crt"
 	kubeletKey           = filesFolder + "/kubelet.key"
 	kubeletAuthority     = filesFolder + "/ca.crt"
-
-	pauseImage = "cluster.invalid/pause:v1"
 )
+
+// PauseImageName is the name of the image that a node has from the start, that
+// of PauseImage. A container of it must have the pull policy Never or
+// IfNotPresent.
+const PauseImageName = "cluster.invalid/pause:v1"
 
 // privateFolders are those that a node has for itself.
 func privateFolders() []string {
@@ -87,7 +90,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
   runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
   BinaryName = %q
-`, pauseImage, registriesFolder, programs.plugins, networkFolder, programs.runc)
+`, PauseImageName, registriesFolder, programs.plugins, networkFolder, programs.runc)
 }
 
 // network gives a Pod an address, which its status must have, but no interface
@@ -149,7 +152,7 @@ func (n *Node) writeFiles(ctx context.Context, programs hostPrograms, kubelet ku
 	if err != nil {
 		return err
 	}
-	reference, err := name.NewTag(pauseImage)
+	reference, err := name.NewTag(PauseImageName)
 	if err != nil {
 		return fmt.Errorf("name the sandbox image: %w", err)
 	}

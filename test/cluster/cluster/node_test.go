@@ -5,9 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
+	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -20,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/wait"
 
 	"github.com/imps-node/imps/test/cluster/cluster"
+	"github.com/imps-node/imps/test/fakeaws"
 	"github.com/imps-node/imps/test/registry"
 )
 
@@ -32,6 +32,7 @@ func TestNode(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(hosts.Stop)
 	hosts.Host("public.test").Open()
+	const unauthorized = "401 Unauthorized"
 	private := hosts.Host("private.test:5000")
 	private.Allow("user", "good")
 
@@ -58,7 +59,7 @@ func TestNode(t *testing.T) {
 	t.Run("a private image is refused without credentials", func(t *testing.T) {
 		provider.answer(t, "", "")
 		before := private.Counts()
-		pods.refused(t, pods.create(t, "private.test:5000/without:v1"))
+		pods.waiting(t, pods.create(t, "private.test:5000/without:v1"), "authorization failed: no basic auth credentials")
 		after := private.Counts()
 		require.Equal(t, before.Pulled, after.Pulled)
 		require.Equal(t, before.Refused, after.Refused)
@@ -68,7 +69,7 @@ func TestNode(t *testing.T) {
 	t.Run("a private image is refused with a wrong password", func(t *testing.T) {
 		provider.answer(t, "user", "bad")
 		before := private.Counts()
-		pods.refused(t, pods.create(t, "private.test:5000/wrong:v1"))
+		pods.waiting(t, pods.create(t, "private.test:5000/wrong:v1"), unauthorized)
 		after := private.Counts()
 		require.Equal(t, before.Pulled, after.Pulled)
 		require.Greater(t, after.Refused, before.Refused)
@@ -85,18 +86,23 @@ func TestNode(t *testing.T) {
 
 	t.Run("a password can be changed", func(t *testing.T) {
 		private.Allow("user", "next")
-		pods.refused(t, pods.create(t, "private.test:5000/before-the-change:v1"))
+		pods.waiting(t, pods.create(t, "private.test:5000/before-the-change:v1"), unauthorized)
 		provider.answer(t, "user", "next")
 		pods.running(t, pods.create(t, "private.test:5000/after-the-change:v1"))
 		private.Revoke("user")
-		pods.refused(t, pods.create(t, "private.test:5000/after-the-end:v1"))
+		pods.waiting(t, pods.create(t, "private.test:5000/after-the-end:v1"), unauthorized)
+	})
+
+	t.Run("a guard of another kind decides, too", func(t *testing.T) {
+		const host = "123456789012.dkr.ecr.eu-central-1.amazonaws.com"
+		ecr := hosts.Host(host)
+		ecr.Guard(func(next http.Handler) http.Handler { return fakeaws.New().Guard("eu-central-1", next) })
+		require.NoError(t, n.SetRegistry(host, ecr.Address))
+		pods.waiting(t, pods.create(t, host+"/app:v1"), unauthorized)
 	})
 
 	t.Run("a host that was not set is not looked for", func(t *testing.T) {
-		name := pods.create(t, "elsewhere.test/app:v1")
-		pods.await(t, name, func(pod *corev1.Pod) error {
-			return waitsFor(pod, "connection refused")
-		})
+		pods.waiting(t, pods.create(t, "elsewhere.test/app:v1"), "connection refused")
 	})
 
 	t.Run("a host can be set later", func(t *testing.T) {
@@ -185,20 +191,18 @@ func (p podsOf) running(t *testing.T, name string) *corev1.Pod {
 	})
 }
 
-func (p podsOf) refused(t *testing.T, name string) {
+// waiting waits until the Pod's image cannot be pulled for a reason.
+func (p podsOf) waiting(t *testing.T, name, reason string) {
 	t.Helper()
-	p.await(t, name, func(pod *corev1.Pod) error { return waitsFor(pod, "401 Unauthorized") })
-}
-
-// waitsFor returns nil when the Pod's image cannot be pulled for a reason.
-func waitsFor(pod *corev1.Pod, reason string) error {
-	for _, s := range pod.Status.ContainerStatuses {
-		if w := s.State.Waiting; w != nil && (w.Reason == "ErrImagePull" || w.Reason == "ImagePullBackOff") &&
-			strings.Contains(w.Message, reason) {
-			return nil
+	p.await(t, name, func(pod *corev1.Pod) error {
+		for _, s := range pod.Status.ContainerStatuses {
+			if w := s.State.Waiting; w != nil && (w.Reason == "ErrImagePull" || w.Reason == "ImagePullBackOff") &&
+				strings.Contains(w.Message, reason) {
+				return nil
+			}
 		}
-	}
-	return fmt.Errorf("does not wait for %q: %v", reason, pod.Status.ContainerStatuses)
+		return fmt.Errorf("does not wait for %q: %v", reason, pod.Status.ContainerStatuses)
+	})
 }
 
 func (p podsOf) delete(t *testing.T, name string) {
@@ -258,6 +262,3 @@ func poll(t *testing.T, check func(context.Context) error) {
 	})
 	require.NoError(t, err, "%v", last)
 }
-
-var _ = net.Interfaces
-var _ = exec.Command

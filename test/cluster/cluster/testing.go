@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -39,24 +40,27 @@ const skippedEnv = "IMPS_TEST_SKIPPED"
 // runs everything.
 func NeedNode(t testing.TB) {
 	t.Helper()
-	_, err := findHostPrograms()
-	if err == nil {
-		return
+	if _, err := findHostPrograms(); err != nil {
+		skip(t, err)
 	}
+}
+
+func skip(t testing.TB, reason error) {
+	t.Helper()
 	if os.Getenv("CI") != "" {
-		t.Fatal(err)
+		t.Fatal(reason)
 	}
 	if path := os.Getenv(skippedEnv); path != "" {
-		list, openErr := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600) //nolint:gosec // named by whoever runs the tests
-		if openErr != nil {
-			t.Fatal(openErr)
+		list, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600) //nolint:gosec // named by whoever runs the tests
+		if err == nil {
+			_, err = fmt.Fprintln(list, t.Name())
+			err = errors.Join(err, list.Close())
 		}
-		defer func() { _ = list.Close() }()
-		if _, err := fmt.Fprintln(list, t.Name()); err != nil {
-			t.Fatal(err)
+		if err != nil {
+			t.Fatalf("list the test as skipped: %v", err)
 		}
 	}
-	t.Skip(err)
+	t.Skip(reason)
 }
 
 // NodeFor starts a node for one test and stops it with the test; see NeedNode
