@@ -474,6 +474,6 @@ func goOutput(ctx context.Context, folder string, args ...string) (string, error
 }
 
 func exists(path string) bool {
-	_, err := os.Stat(path)
+	_, err := os.Stat(path) //nolint:gosec // only whether it is there
 	return err == nil
 }

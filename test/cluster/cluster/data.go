@@ -94,7 +94,7 @@ func sweep(parent string) {
 		if err != nil {
 			continue
 		}
-		if sweepCgroups(filepath.Base(dir)) == nil {
+		if removeCgroups(filepath.Base(dir)+".*") == nil { // those of its nodes
 			_ = os.RemoveAll(dir)
 		}
 		_ = lock.Close()

@@ -23,8 +23,8 @@ type NodeConfig struct {
 
 	// CredentialProviderConfig is the path of the kubelet's
 	// CredentialProviderConfig, a file or a folder, and CredentialProviderBinDir
-	// the folder of the programs that it names. Both, or none. The kubelet reads
-	// them when it starts.
+	// the folder of the programs that it names. Both, or none; outside of the
+	// folders that a node has for itself. The kubelet reads them when it starts.
 	CredentialProviderConfig string
 	CredentialProviderBinDir string
 
@@ -308,7 +308,7 @@ func (n *Node) end() error {
 	if n.probe != nil {
 		n.probe.close()
 	}
-	err := removeCgroup(n.cgroup)
+	err := removeCgroups(n.cgroup)
 	if !n.cluster.dir.keep {
 		err = errors.Join(err, os.RemoveAll(n.dir))
 	}

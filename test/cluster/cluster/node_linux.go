@@ -88,7 +88,7 @@ func makeCgroup(name string) (v1 bool, err error) {
 				continue
 			}
 			if err == nil {
-				err = os.WriteFile(filepath.Join(group, file), value, 0)
+				err = os.WriteFile(filepath.Join(group, file), value, 0) //nolint:gosec // of the kernel
 			}
 			if err != nil {
 				return v1, err
@@ -98,21 +98,22 @@ func makeCgroup(name string) (v1 bool, err error) {
 	return v1, nil
 }
 
-// removeCgroup removes a cgroup in which nothing runs any more, with those in
-// it. It does nothing where there is none.
-func removeCgroup(name string) error {
-	roots, _, err := hierarchies()
-	if err != nil {
-		return err
-	}
+// removeCgroups removes cgroups in which nothing runs any more, in all
+// hierarchies, with those in them: all whose names match a pattern, which may
+// be none.
+func removeCgroups(pattern string) error {
 	var errs []error
-	for _, root := range roots {
-		errs = append(errs, removeGroups(filepath.Join(root, name)))
+	for _, folder := range []string{cgroups, filepath.Join(cgroups, "*")} {
+		tops, err := filepath.Glob(filepath.Join(folder, pattern))
+		errs = append(errs, err)
+		for _, top := range tops {
+			errs = append(errs, removeGroup(top))
+		}
 	}
 	return errors.Join(errs...)
 }
 
-func removeGroups(top string) error {
+func removeGroup(top string) error {
 	var groups []string
 	err := filepath.WalkDir(top, func(path string, entry fs.DirEntry, err error) error {
 		if err == nil && entry.IsDir() {
@@ -120,8 +121,9 @@ func removeGroups(top string) error {
 		}
 		return err
 	})
+	// A hierarchy may go by several names.
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+		return fmt.Errorf("list cgroup %s: %w", top, err)
 	}
 	for _, group := range slices.Backward(groups) {
 		if err := syscall.Rmdir(group); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -129,21 +131,4 @@ func removeGroups(top string) error {
 		}
 	}
 	return nil
-}
-
-// sweepCgroups removes those of the nodes of a dead cluster.
-func sweepCgroups(cluster string) error {
-	roots, _, err := hierarchies()
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, root := range roots {
-		groups, err := filepath.Glob(filepath.Join(root, cluster+".*"))
-		errs = append(errs, err)
-		for _, group := range groups {
-			errs = append(errs, removeGroups(group))
-		}
-	}
-	return errors.Join(errs...)
 }

@@ -9,5 +9,4 @@ var errNotLinux = errors.New("a node needs Linux")
 func canIsolate() error               { return errNotLinux }
 func isolate(string) error            { return errNotLinux }
 func makeCgroup(string) (bool, error) { return false, errNotLinux }
-func removeCgroup(string) error       { return nil }
-func sweepCgroups(string) error       { return nil }
+func removeCgroups(string) error      { return nil }

@@ -32,7 +32,10 @@ func TestNode(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(hosts.Stop)
 	hosts.Host("public.test").Open()
-	const unauthorized = "401 Unauthorized"
+	const (
+		anonymous    = "authorization failed: no basic auth credentials"
+		unauthorized = "401 Unauthorized"
+	)
 	private := hosts.Host("private.test:5000")
 	private.Allow("user", "good")
 
@@ -59,7 +62,7 @@ func TestNode(t *testing.T) {
 	t.Run("a private image is refused without credentials", func(t *testing.T) {
 		provider.answer(t, "", "")
 		before := private.Counts()
-		pods.waiting(t, pods.create(t, "private.test:5000/without:v1"), "authorization failed: no basic auth credentials")
+		pods.waiting(t, pods.create(t, "private.test:5000/without:v1"), anonymous)
 		after := private.Counts()
 		require.Equal(t, before.Pulled, after.Pulled)
 		require.Equal(t, before.Refused, after.Refused)
@@ -98,7 +101,7 @@ func TestNode(t *testing.T) {
 		ecr := hosts.Host(host)
 		ecr.Guard(func(next http.Handler) http.Handler { return fakeaws.New().Guard("eu-central-1", next) })
 		require.NoError(t, n.SetRegistry(host, ecr.Address))
-		pods.waiting(t, pods.create(t, host+"/app:v1"), unauthorized)
+		pods.waiting(t, pods.create(t, host+"/app:v1"), anonymous)
 	})
 
 	t.Run("a host that was not set is not looked for", func(t *testing.T) {
