@@ -69,7 +69,9 @@ test-integration: need-go need-race ## Run the tests on a real API server, with 
 	exit $$code
 
 .PHONY: soak
-soak: need-go need-race ## Run imps under random changes and faults for SOAK (30m), from SEED
+soak: need-go need-race ## Run imps under random changes and faults for SOAK (30m), from SEED; before, as root, 1,000 cells on a kubelet
+	go run ./test/cluster build
+	IMPS_TEST_CELLS=10 CGO_ENABLED=1 go test -race -count=1 -v -run TestEachCell ./test/node
 	CGO_ENABLED=1 go run ./test/soak -for='$(SOAK)' $(if $(SEED),-seed='$(SEED)')
 
 .PHONY: fuzz-short

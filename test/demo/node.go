@@ -124,15 +124,17 @@ func (d *demo) node(ctx context.Context) error {
 			return err
 		}
 	}
+	states := map[string]string{}
 	for _, namespace := range []string{insider, stranger} {
 		took, state, err := d.runPod(ctx, namespace)
 		if err != nil {
 			return err
 		}
 		d.say("   %-9s after %4.1f s: %s", namespace, took.Seconds(), state)
-		d.check("the Pod of "+namespace+", which the resource "+map[bool]string{true: "selects", false: "does not select"}[namespace == insider]+", pulls",
-			namespace == insider, state == "Running")
+		states[namespace] = state
 	}
+	d.check("the Pod of "+insider+", which the resource selects, pulls", "Running", states[insider])
+	d.check("the Pod of "+stranger+", which it does not select, is refused", "ErrImagePull: no basic auth credentials", states[stranger])
 	counts := private.Counts()
 	d.check("the registry has let one pull in, with credentials", 1, counts.Pulled)
 	d.check("it has seen no credentials from the other", 0, counts.Refused)

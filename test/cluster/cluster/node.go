@@ -86,6 +86,12 @@ func findHostPrograms() (hostPrograms, error) {
 	return hostPrograms{runc: runc, plugins: filepath.Dir(plugin)}, nil
 }
 
+// CanStartNode returns why no node can run here, or nil.
+func CanStartNode() error {
+	_, err := findHostPrograms()
+	return err
+}
+
 // StartNode builds what is missing, starts a node and returns when it is Ready.
 // It needs root on Linux, and programs of Debian's packages runc and
 // containernetworking-plugins. The first build takes some minutes; see Run.

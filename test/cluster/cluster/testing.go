@@ -40,7 +40,7 @@ const skippedEnv = "IMPS_TEST_SKIPPED"
 // runs everything.
 func NeedNode(t testing.TB) {
 	t.Helper()
-	if _, err := findHostPrograms(); err != nil {
+	if err := CanStartNode(); err != nil {
 		skip(t, err)
 	}
 }
