@@ -1,5 +1,5 @@
 # `make` says what there is. Nothing here needs more than Go 1.26, make and bash; a target that needs another program
-# says at once how to get it. Development tools are built on their first use, see hack/tool.
+# installs it, as root on Debian, or says at once how to get it. Development tools are built on their first use, see hack/tool.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -30,8 +30,10 @@ HELM_FLAGS := --namespace imps-system --kube-version 1.36.3
 # Every Go module of the repository: the product, the tools, and what tests build.
 MODULES := $(shell find . -name go.mod -not -path './bin/*' -not -path './dist/*' -exec dirname {} + | sort)
 
-# missing(program, packages): stops with the line that installs it, for Debian and its descendants.
-missing = { echo "make: $(1) is missing; as root: apt-get install --no-install-recommends -y $(2)" >&2; exit 1; }
+# missing(program, packages): installs it, as root on Debian and its descendants; otherwise stops with the line that does.
+missing = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "make: installing $(2)" >&2; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install --no-install-recommends -qq -y $(2) >&2; \
+	else echo "make: $(1) is missing; as root: apt-get install --no-install-recommends -y $(2)" >&2; exit 1; fi
 
 .PHONY: help
 help: ## Print this list
@@ -61,7 +63,7 @@ test-unit: need-go need-race ## Run the unit tests, with the race detector
 
 # Two test binaries at a time: each has a control plane of its own, and waits much.
 .PHONY: test-integration
-test-integration: need-go need-race ## Run the tests on a real API server, with the race detector
+test-integration: need-go need-race need-node ## Run the tests on a real API server, with the race detector
 	go run ./test/cluster build
 	@export IMPS_TEST_SKIPPED=$$(mktemp); trap 'rm -f "$$IMPS_TEST_SKIPPED"' EXIT; code=0; \
 	CGO_ENABLED=1 go test -race -count=1 -p=2 -timeout=30m $(TESTFLAGS) ./test/... || code=$$?; \
@@ -69,7 +71,7 @@ test-integration: need-go need-race ## Run the tests on a real API server, with 
 	exit $$code
 
 .PHONY: soak
-soak: need-go need-race ## Run imps under random changes and faults for SOAK (30m), from SEED; before, as root, 1,000 cells on a kubelet
+soak: need-go need-race need-node ## Run imps under random changes and faults for SOAK (30m), from SEED; before, as root, 1,000 cells on a kubelet
 	go run ./test/cluster build
 	IMPS_TEST_CELLS=10 CGO_ENABLED=1 go test -race -count=1 -v -run TestEachCell ./test/node
 	CGO_ENABLED=1 go run ./test/soak -for='$(SOAK)' $(if $(SEED),-seed='$(SEED)')
@@ -84,7 +86,7 @@ fuzz-short: need-go ## Run each fuzz target for FUZZTIME (10s)
 		done
 
 .PHONY: demo
-demo: need-go ## Show imps at work on a real API server; KEEP=1 leaves it running (first run: about 10 min)
+demo: need-go need-node ## Show imps at work on a real API server; KEEP=1 leaves it running (first run: about 10 min)
 	go run ./test/demo
 
 .PHONY: bench
@@ -190,3 +192,9 @@ need-git:
 .PHONY: need-race
 need-race:
 	@echo '#include <stdlib.h>' | $$(CGO_ENABLED=1 go env CC) -E - >/dev/null 2>&1 || $(call missing,a C compiler,gcc libc6-dev)
+
+# Nodes are for root on Linux alone; others go without.
+.PHONY: need-node
+need-node:
+	@[ "$$(id -u)" != 0 ] || [ "$$(uname)" != Linux ] || { [ -x /usr/lib/cni/host-local ] && PATH="$$PATH:/usr/sbin" command -v runc >/dev/null; } \
+		|| $(call missing,runc,runc containernetworking-plugins)
