@@ -219,6 +219,7 @@ func TestFileSystems(t *testing.T) {
 	large := append(entries("r.two=new"), Entry{Key: "r.one", Username: password("u"), Password: password(strings.Repeat("x", 100_000))})
 	_, err = w.Set(Node, large)
 	require.ErrorIs(t, err, syscall.ENOSPC)
+	require.EqualError(t, err, "node cache "+dir+": write: no space left on device", "the same each time")
 	require.Equal(t, []string{"r.one=old"}, lookup(t, r, Node, "r.one/app"))
 	require.Len(t, lookup(t, r, Node, "r.two/app"), 1, "old or new")
 	left, err := filepath.Glob(filepath.Join(dir, "*", temporary+"*"))

@@ -69,9 +69,25 @@ func Open(dir string) (*Writer, error) {
 	w := &Writer{dir: dir, clock: systemClock, known: map[Scope]map[group]onDisk{}}
 	if err := w.open(); err != nil {
 		_ = w.Close()
-		return nil, fmt.Errorf("node cache %s: %w", dir, err)
+		return nil, w.told(err)
 	}
 	return w, nil
+}
+
+// told is an error as it is told: of the folder, and without the names of files, some of which are new each time.
+func (w *Writer) told(err error) error {
+	if err == nil {
+		return nil
+	}
+	var ofPath *fs.PathError
+	var ofLink *os.LinkError
+	switch {
+	case errors.As(err, &ofPath):
+		err = fmt.Errorf("%s: %w", ofPath.Op, ofPath.Err)
+	case errors.As(err, &ofLink):
+		err = fmt.Errorf("%s: %w", ofLink.Op, ofLink.Err)
+	}
+	return fmt.Errorf("node cache %s: %w", w.dir, err)
 }
 
 func (w *Writer) open() error {
@@ -103,8 +119,11 @@ func (w *Writer) open() error {
 // closeToOthers has a folder that is ours be ours alone. Whoever made it may have left it open, as kubelets do for a hostPath.
 func closeToOthers(dir string) error {
 	f, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0) //nolint:gosec // the folder is the caller's
+	if errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP) {
+		return errors.New("it must be a folder, and no symbolic link")
+	}
 	if err != nil {
-		return fmt.Errorf("it must be a folder, and no symbolic link: %w", err)
+		return err
 	}
 	defer func() { _ = f.Close() }()
 	info, err := f.Stat()
@@ -181,12 +200,13 @@ func (w *Writer) now() (instant, error) {
 
 // Scopes returns those that have a folder, whoever wrote it.
 func (w *Writer) Scopes() ([]Scope, error) {
-	if err := w.intact(); err != nil {
-		return nil, err
+	err := w.intact()
+	var entries []fs.DirEntry
+	if err == nil {
+		entries, err = fs.ReadDir(w.root.FS(), ".")
 	}
-	entries, err := fs.ReadDir(w.root.FS(), ".")
 	if err != nil {
-		return nil, err
+		return nil, w.told(err)
 	}
 	var scopes []Scope
 	for _, e := range entries {
@@ -206,6 +226,11 @@ func (w *Writer) Scopes() ([]Scope, error) {
 // none, or they are too large; what was there for the host of one that is too large stays. After an error what was there before
 // is there still, or part of it is new.
 func (w *Writer) Set(scope Scope, entries []Entry) (skipped int, err error) {
+	skipped, err = w.set(scope, entries)
+	return skipped, w.told(err)
+}
+
+func (w *Writer) set(scope Scope, entries []Entry) (skipped int, err error) {
 	folder, err := scope.folder()
 	if err != nil {
 		return 0, err
@@ -221,17 +246,18 @@ func (w *Writer) Set(scope Scope, entries []Entry) (skipped int, err error) {
 		return 0, err
 	}
 	groups, masks, skipped := grouped(entries)
-	var errs []error
+	var failed error // the first: on a full disk there is one for each record
 	for g, written := range groups {
 		err := w.put(scope, record{Scope: folder, Group: g, Written: now, Entries: written})
-		if errors.Is(err, errSize) {
+		switch {
+		case errors.Is(err, errSize):
 			skipped += len(written)
-			continue
+		case failed == nil:
+			failed = err
 		}
-		errs = append(errs, err)
 	}
-	if err := errors.Join(errs...); err != nil {
-		return skipped, err
+	if failed != nil {
+		return skipped, failed
 	}
 	// The index comes after them, so that whoever finds it finds all; and before what is not meant to be there any more goes, so
 	// that whoever misses that finds another index.
@@ -369,29 +395,31 @@ func (w *Writer) drop(scope Scope, folder string, keep func(group) bool) error {
 	if err != nil {
 		return err
 	}
-	var errs []error
+	var failed error
 	for _, f := range files {
 		if g := group(f.Name()); !keep(g) {
-			errs = append(errs, w.root.RemoveAll(path.Join(folder, f.Name())))
+			if err := w.root.RemoveAll(path.Join(folder, f.Name())); failed == nil {
+				failed = err
+			}
 			delete(w.known[scope], g)
 		}
 	}
-	return errors.Join(errs...)
+	return failed
 }
 
 // Remove has a scope forgotten.
 func (w *Writer) Remove(scope Scope) error {
 	folder, err := scope.folder()
-	if err != nil {
-		return err
+	if err == nil {
+		err = w.intact()
 	}
-	if err := w.intact(); err != nil {
-		return err
+	if err != nil {
+		return w.told(err)
 	}
 	delete(w.known, scope)
 	// The index goes first, so that nobody takes what is left for all.
-	if err := w.root.RemoveAll(path.Join(folder, string(indexGroup))); err != nil {
-		return err
+	if err = w.root.RemoveAll(path.Join(folder, string(indexGroup))); err == nil {
+		err = w.root.RemoveAll(folder)
 	}
-	return w.root.RemoveAll(folder)
+	return w.told(err)
 }

@@ -3,6 +3,7 @@ package cluster
 import (
 	"fmt"
 	"slices"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -65,11 +66,14 @@ func (t *term) kubeletReady(r *v1alpha1.ImagePullSecret) []metav1.Condition {
 	return []metav1.Condition{condition}
 }
 
+// kubeletsDelay is how long a change of the nodes waits for others: where nodes come and go all the time, that many writes.
+const kubeletsDelay = 5 * time.Second
+
 // kubeletsChanged has the status of the resources written that kubelets are served. The caller holds the lock.
 func (t *term) kubeletsChanged() {
 	for uid := range t.claims {
 		if r := t.byUID[uid]; r != nil && r.Spec.Target.Kubelet != nil {
-			t.statusDirty(uid)
+			t.statusQueue.AddAfter(uid, kubeletsDelay)
 		}
 	}
 }

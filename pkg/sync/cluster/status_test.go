@@ -505,7 +505,7 @@ func TestStatusFollowsTheNodeCaches(t *testing.T) {
 		term.claimOf(t, resource(t, "names", 0, byName), 1)
 		key := types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName("n1")}
 		dirty := func() []string {
-			<-time.After(2 * statusDelay)
+			<-time.After(2 * kubeletsDelay)
 			synctest.Wait()
 			return term.queuedStatuses()
 		}

@@ -1,9 +1,9 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"slices"
 	"time"
@@ -160,18 +160,18 @@ func (a *Agent) fillCache(c *cache, full bool, wanted map[nodecache.Scope][]*sel
 	}
 	there, err := c.writer.Scopes()
 	if err != nil {
-		return fmt.Errorf("node cache: %w", err)
+		return err
 	}
 	// What an agent before has written stays as it is, as long as a rendered Secret cannot be read that it may be of.
 	keep := len(a.unread()) > 0
-	var errs []error
+	var failed error // the first: on a full disk there is one for each scope
 	for _, scope := range there {
 		_, ours := c.holds[scope]
 		if _, ok := wanted[scope]; ok || keep && !ours || slices.Contains(unread, scope.Namespace) {
 			continue
 		}
 		if err := c.writer.Remove(scope); err != nil {
-			errs = append(errs, fmt.Errorf("node cache: %w", err))
+			failed = cmp.Or(failed, err)
 			continue
 		}
 		delete(c.holds, scope)
@@ -187,7 +187,7 @@ func (a *Agent) fillCache(c *cache, full bool, wanted map[nodecache.Scope][]*sel
 		}
 		skipped, err := c.writer.Set(scope, entries)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("node cache: %w", err))
+			failed = cmp.Or(failed, err)
 			continue
 		}
 		if skipped > 0 && !slices.Equal(holds, from) {
@@ -195,7 +195,7 @@ func (a *Agent) fillCache(c *cache, full bool, wanted map[nodecache.Scope][]*sel
 		}
 		c.holds[scope] = from
 	}
-	return errors.Join(errs...)
+	return failed
 }
 
 // cacheNeedsMetadata reports whether labels or annotations of a namespace decide what its Pods may pull. The caller holds the
