@@ -81,7 +81,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		if o.version {
 			_, err = fmt.Fprintf(stdout, "imps-credprovider %s, %s, %s/%s\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 		} else {
-			err = o.answer(stdin, stdout)
+			err = o.answer(stdin, stdout, stderr)
 		}
 	}
 	if err != nil {
@@ -119,7 +119,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 }
 
 // answer reads a request, and writes the answer: an error is about the request, and what is not known is an empty answer.
-func (o options) answer(stdin io.Reader, stdout io.Writer) error {
+func (o options) answer(stdin io.Reader, stdout, stderr io.Writer) error {
 	raw, err := io.ReadAll(io.LimitReader(stdin, maxRequestBytes+1))
 	switch {
 	case err != nil:
@@ -137,7 +137,12 @@ func (o options) answer(stdin io.Reader, stdout io.Writer) error {
 	if r.Image == "" {
 		return errors.New("the request names no image")
 	}
-	answer, err := json.Marshal(o.lookup(r, time.Now()))
+	found, doubt := o.lookup(r, time.Now())
+	if doubt != "" {
+		// For people: kubelets keep it for errors, and this is none, as other sources of credentials are to be tried.
+		_, _ = fmt.Fprintf(stderr, "imps-credprovider: no credentials: %s\n", doubt)
+	}
+	answer, err := json.Marshal(found)
 	if err != nil {
 		return errors.New("the answer cannot be encoded")
 	}
@@ -147,8 +152,8 @@ func (o options) answer(stdin io.Reader, stdout io.Writer) error {
 	return nil
 }
 
-// lookup finds the answer. Whatever is in doubt is none: the kubelet then goes on without.
-func (o options) lookup(r request, now time.Time) response {
+// lookup finds the answer. Whatever is in doubt is none, and what that is is said: the kubelet then goes on without.
+func (o options) lookup(r request, now time.Time) (answer response, doubt string) {
 	// Not kept by the kubelet, which would keep an empty answer for as long as its configuration says without this.
 	none := response{APIVersion: apiVersion, Kind: kindResponse, CacheKeyType: "Image", CacheDuration: "0s", Auth: map[string]auth{}}
 	scope := nodecache.Node
@@ -157,23 +162,30 @@ func (o options) lookup(r request, now time.Time) response {
 		// Never of the node, or of another namespace.
 		namespace, ok := namespaceOf(r.ServiceAccountToken, o.audience, now)
 		if !ok {
-			return none
+			return none, "the token is not one of a ServiceAccount for the audience, or has expired"
 		}
 		scope = nodecache.InNamespace(namespace)
 	case o.scope != scopeNode:
-		return none
+		return none, "the request has no token"
 	}
 	reader := nodecache.NewReader(o.cacheDir)
 	found, err := reader.Lookup(scope, r.Image, margin)
 	if errors.Is(err, nodecache.ErrUnknown) && scope != nodecache.Node && o.await(reader, scope) {
 		found, err = reader.Lookup(scope, r.Image, margin)
 	}
-	// What does not serve this image must not be kept for it.
-	if err != nil || !found.Matches {
-		return none
+	switch {
+	case errors.Is(err, nodecache.ErrUnknown):
+		return none, "the node cache has nothing about the namespace, or the node"
+	case errors.Is(err, nodecache.ErrQuestion):
+		return none, "the image names no registry, or the token no namespace"
+	case err != nil:
+		return none, "the node cache cannot be read: its folder and files must be root's alone, and as the agent has written them"
+	case !found.Matches:
+		// What does not serve this image must not be kept for it.
+		return none, ""
 	}
 	lasts := cacheLongest
-	answer := response{APIVersion: apiVersion, Kind: kindResponse, CacheKeyType: "Registry", Auth: map[string]auth{}}
+	answer = response{APIVersion: apiVersion, Kind: kindResponse, CacheKeyType: "Registry", Auth: map[string]auth{}}
 	if found.Withheld {
 		// What expires will have been replaced in a moment, and may serve other images of the registry better.
 		lasts, answer.CacheKeyType = cacheWithheld, "Image"
@@ -186,7 +198,7 @@ func (o options) lookup(r request, now time.Time) response {
 		answer.Auth[c.Key()] = auth{username, password}
 	}
 	answer.CacheDuration = lasts.String()
-	return answer
+	return answer, ""
 }
 
 // await waits for what the agent is to say about a scope, as long as there is an agent, and reports whether it came.

@@ -107,33 +107,39 @@ func TestAnswers(t *testing.T) {
 		return `{"apiVersion":"credentialprovider.kubelet.k8s.io/v1","kind":"CredentialProviderResponse","cacheKeyType":"Registry","cacheDuration":"5m0s","auth":{` + auth + `}}`
 	}
 	ofA := tokenOf()
-	tests := map[string]struct{ request, want string }{
-		"of the node": {asks("r.one/app", ""), hit(`"r.one":{"username":"u","password":"of the node"}`)},
-		"what is for some repositories of a registry":      {asks("r.two/team/app", ""), hit(`"r.two/team":{"username":"u","password":"2"}`)},
-		"nothing but what is for other repositories of it": {asks("r.two/other", ""), miss},
-		"short, where something is about to be replaced":   {asks("r.one/team/app", tokenFor("d")), strings.NewReplacer("Registry", "Image", "5m0s", "1s").Replace(hit(`"r.one":{"username":"u","password":"of d"}`))},
-		"nothing":                                  {asks("r.three/app", ""), miss},
-		"no registry":                              {asks("app", ""), miss},
-		"of a namespace that has nothing":          {asks("r.one/app", tokenFor("c")), miss},
-		"of a namespace, for what the node has":    {asks("r.two/team", ofA), miss},
-		"of a namespace whose token expires soon":  {asks("r.one/app", tokenFor("b")), miss},
-		"with a token for another audience":        {asks("r.one/app", tokenOf(`["imps"]`, `["https://kubernetes.default.svc"]`)), miss},
-		"with a token for none":                    {asks("r.one/app", tokenOf(`["imps"]`, `[]`)), miss},
-		"with a token that names another subject":  {asks("r.one/app", tokenOf("account:a:", "account:b:")), miss},
-		"with a token of no ServiceAccount":        {asks("r.one/app", tokenOf(`"name":"default"`, `"name":""`, "a:default", "a:")), miss},
-		"with a token without a namespace":         {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":""`, "account:a:", "account::")), miss},
-		"with a token of a namespace that is none": {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"../node"`, "account:a:", "account:../node:")), miss},
-		"with a token that has expired":            {asks("r.one/app", tokenOf(`"exp":1`, `"exp":0`)), miss},
-		"with a token that is none":                {asks("r.one/app", "x.y.z"), miss},
-		"with a token in two parts":                {asks("r.one/app", ofA[:strings.LastIndex(ofA, ".")]), miss},
-		"with a token whose claims are no object":  {asks("r.one/app", "e30.W10.e30"), miss},
+	const badQuestion = "the image names no registry, or the token no namespace"
+	const badToken = "the token is not one of a ServiceAccount for the audience, or has expired"
+	tests := map[string]struct{ request, want, doubt string }{
+		"of the node": {asks("r.one/app", ""), hit(`"r.one":{"username":"u","password":"of the node"}`), ""},
+		"what is for some repositories of a registry":      {asks("r.two/team/app", ""), hit(`"r.two/team":{"username":"u","password":"2"}`), ""},
+		"nothing but what is for other repositories of it": {asks("r.two/other", ""), miss, ""},
+		"short, where something is about to be replaced":   {asks("r.one/team/app", tokenFor("d")), strings.NewReplacer("Registry", "Image", "5m0s", "1s").Replace(hit(`"r.one":{"username":"u","password":"of d"}`)), ""},
+		"nothing":                                  {asks("r.three/app", ""), miss, ""},
+		"no registry":                              {asks("app", ""), miss, badQuestion},
+		"of a namespace that has nothing":          {asks("r.one/app", tokenFor("c")), miss, ""},
+		"of a namespace, for what the node has":    {asks("r.two/team", ofA), miss, ""},
+		"of a namespace whose token expires soon":  {asks("r.one/app", tokenFor("b")), miss, ""},
+		"with a token for another audience":        {asks("r.one/app", tokenOf(`["imps"]`, `["https://kubernetes.default.svc"]`)), miss, badToken},
+		"with a token for none":                    {asks("r.one/app", tokenOf(`["imps"]`, `[]`)), miss, badToken},
+		"with a token that names another subject":  {asks("r.one/app", tokenOf("account:a:", "account:b:")), miss, badToken},
+		"with a token of no ServiceAccount":        {asks("r.one/app", tokenOf(`"name":"default"`, `"name":""`, "a:default", "a:")), miss, badToken},
+		"with a token without a namespace":         {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":""`, "account:a:", "account::")), miss, badToken},
+		"with a token of a namespace that is none": {asks("r.one/app", tokenOf(`"namespace":"a"`, `"namespace":"../node"`, "account:a:", "account:../node:")), miss, badQuestion},
+		"with a token that has expired":            {asks("r.one/app", tokenOf(`"exp":1`, `"exp":0`)), miss, badToken},
+		"with a token that is none":                {asks("r.one/app", "x.y.z"), miss, badToken},
+		"with a token in two parts":                {asks("r.one/app", ofA[:strings.LastIndex(ofA, ".")]), miss, badToken},
+		"with a token whose claims are no object":  {asks("r.one/app", "e30.W10.e30"), miss, badToken},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			code, stdout, stderr := ask(t, test.request, "--cache-dir="+dir)
 			require.Zero(t, code)
-			require.Empty(t, stderr)
 			require.Equal(t, test.want, stdout)
+			if test.doubt == "" {
+				require.Empty(t, stderr)
+			} else {
+				require.Equal(t, "imps-credprovider: no credentials: "+test.doubt+"\n", stderr)
+			}
 		})
 	}
 	for name, token := range map[string]string{"a list of audiences": ofA, "one audience": tokenOf(`["imps"]`, `"imps"`), "several audiences": tokenOf(`["imps"]`, `["x","imps"]`)} {
@@ -161,9 +167,18 @@ func TestAnswers(t *testing.T) {
 		require.Equal(t, miss, stdout, "the node's are not for it")
 	})
 	t.Run("from a folder that is not there", func(t *testing.T) {
-		code, stdout, _ := ask(t, asks("r.one/app", ""), "--cache-dir="+filepath.Join(dir, "nowhere"))
+		code, stdout, stderr := ask(t, asks("r.one/app", ""), "--cache-dir="+filepath.Join(dir, "nowhere"))
 		require.Zero(t, code)
 		require.Equal(t, miss, stdout)
+		require.Contains(t, stderr, "has nothing about the namespace, or the node")
+	})
+	t.Run("from a folder that is open to others", func(t *testing.T) {
+		elsewhere, _ := cache(t)
+		require.NoError(t, os.Chmod(elsewhere, 0o755))
+		code, stdout, stderr := ask(t, asks("r.one/app", ""), "--cache-dir="+elsewhere)
+		require.Zero(t, code)
+		require.Equal(t, miss, stdout)
+		require.Contains(t, stderr, "must be root's alone")
 	})
 }
 
@@ -178,8 +193,12 @@ func TestANamespaceThatIsNotKnownYet(t *testing.T) {
 		return request{Image: "r.one/app", ServiceAccountToken: tokenFor(namespace)}
 	}
 	patient := options{cacheDir: dir, audience: "imps", scope: scopeNode, patience: time.Hour}
+	lookup := func(o options, r request) response {
+		found, _ := o.lookup(r, time.Now())
+		return found
+	}
 	answer := make(chan response, 1)
-	go func() { answer <- patient.lookup(of("new"), time.Now()) }()
+	go func() { answer <- lookup(patient, of("new")) }()
 	select {
 	case early := <-answer:
 		require.Fail(t, "it does not wait", "%v", early.Auth)
@@ -191,14 +210,14 @@ func TestANamespaceThatIsNotKnownYet(t *testing.T) {
 	impatient := patient
 	impatient.patience = 3 * pauseLongest
 	began := time.Now()
-	require.Empty(t, impatient.lookup(of("unknown"), time.Now()).Auth)
+	require.Empty(t, lookup(impatient, of("unknown")).Auth)
 	require.GreaterOrEqual(t, time.Since(began), impatient.patience)
 	// These would take an hour, were they waited for.
-	require.Empty(t, patient.lookup(of("c"), time.Now()).Auth, "it is known to have nothing")
+	require.Empty(t, lookup(patient, of("c")).Auth, "it is known to have nothing")
 	require.NoError(t, w.Remove(nodecache.Node))
-	require.Empty(t, patient.lookup(request{Image: "r.one/app"}, time.Now()).Auth, "not for the node")
+	require.Empty(t, lookup(patient, request{Image: "r.one/app"}).Auth, "not for the node")
 	require.NoError(t, w.Close())
-	require.Empty(t, patient.lookup(of("unknown"), time.Now()).Auth, "nobody would write it")
+	require.Empty(t, lookup(patient, of("unknown")).Auth, "nobody would write it")
 
 	o, err := parse(nil, io.Discard)
 	require.NoError(t, err)

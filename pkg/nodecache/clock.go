@@ -16,6 +16,9 @@ type instant struct {
 	BootID string `json:"bootID"`
 }
 
+// start is when the machine started, by the time of day.
+func (i instant) start() time.Time { return i.Wall.Add(-i.Boot) }
+
 // clock tells the time.
 type clock func() (instant, error)
 

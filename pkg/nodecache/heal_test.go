@@ -225,6 +225,19 @@ func TestFileSystems(t *testing.T) {
 	left, err := filepath.Glob(filepath.Join(dir, "*", temporary+"*"))
 	require.NoError(t, err)
 	require.Empty(t, left)
+	for i := 0; err == nil; i++ { // until not even an index can be written
+		err = os.WriteFile(filepath.Join(dir, fmt.Sprint("x", i)), []byte("x"), 0o600)
+	}
+	require.ErrorIs(t, err, syscall.ENOSPC)
+	_, err = w.Set(Node, entries("r.one=old"))
+	require.NoError(t, err, "there is room by what is dropped")
+	require.Empty(t, lookup(t, r, Node, "r.two/app"), "what is taken back is")
+	require.Equal(t, []string{"r.one=old"}, lookup(t, r, Node, "r.one/app"))
+	files, err := filepath.Glob(filepath.Join(dir, "x*"))
+	require.NoError(t, err)
+	for _, file := range files {
+		require.NoError(t, os.Remove(file))
+	}
 
 	require.NoError(t, w.Close())
 	require.NoError(t, syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, "size=64k"))
@@ -295,8 +308,108 @@ func TestKeysWithGlobsAreReadByTheirShape(t *testing.T) {
 		require.NoError(t, os.Truncate(filepath.Join(w.dir, "node", string(shape(fmt.Sprintf("a.r%d.example", i), "*--"))), 1))
 	}
 	require.Equal(t, []string{"*.*.example=3", "*.r.example=1", "a*.r.example/team=2"}, lookup(t, r, Node, "ab.r.example/app"))
-	_, err := r.Lookup(Node, "ab.r7.example/app", 0)
+	found, err := r.Lookup(Node, "ab.r.example/app", 0)
+	require.NoError(t, err)
+	require.False(t, found.Withheld, "no other was looked at")
+	found, err = r.Lookup(Node, "ab.r7.example/app", 0)
+	require.NoError(t, err)
+	require.True(t, found.Withheld)
+}
+
+// A record that is damaged hides no other one.
+func TestADamagedRecordBesideAGoodOne(t *testing.T) {
+	t.Parallel()
+	w, r := open(t)
+	set(t, w, Node, entries("r.one=1", "*.one=2"))
+	require.NoError(t, os.Truncate(filepath.Join(w.dir, "node", string(shape("r.one", "*-"))), 1))
+	found, err := r.Lookup(Node, "r.one/app", 0)
+	require.NoError(t, err)
+	require.True(t, found.Matches)
+	require.True(t, found.Withheld, "there may be more")
+	_, err = r.Lookup(Node, "s.one/app", 0)
 	require.ErrorIs(t, err, errFormat)
+}
+
+// What several scopes hold is on disk once, whatever happens to each of them.
+func TestTheSameRecordsAreOneFile(t *testing.T) {
+	t.Parallel()
+	w, r := open(t)
+	scopes := []Scope{Node, InNamespace("a"), InNamespace("b"), InNamespace("c")}
+	all := entries("r.one=1", "r.two=2")
+	inodes := func(host string) map[uint64]bool {
+		different := map[uint64]bool{}
+		for _, scope := range scopes {
+			folder, err := scope.folder()
+			require.NoError(t, err)
+			there, err := w.stampOf(filepath.Join(folder, string(literal(host))))
+			require.NoError(t, err)
+			different[there.inode] = true
+		}
+		return different
+	}
+	everywhere := func(want ...string) {
+		t.Helper()
+		for _, scope := range scopes {
+			set(t, w, scope, all)
+			require.True(t, w.Holds(scope))
+		}
+		for _, scope := range scopes {
+			for _, image := range []string{"r.one/app", "r.two/app"} {
+				require.Subset(t, want, lookup(t, r, scope, image), "%v", scope)
+			}
+		}
+	}
+	everywhere("r.one=1", "r.two=2")
+	require.Len(t, inodes("r.one"), 1)
+	require.Len(t, w.shared, 2+len(scopes), "and an index each")
+
+	set(t, w, Node, entries("r.one=node", "r.two=2"))
+	require.Len(t, inodes("r.one"), 2)
+	require.Equal(t, []string{"r.one=1"}, lookup(t, r, InNamespace("a"), "r.one/app"))
+	require.NoError(t, w.Remove(InNamespace("a")))
+	require.Equal(t, []string{"r.one=1"}, lookup(t, r, InNamespace("b"), "r.one/app"))
+	everywhere("r.one=1", "r.two=2")
+	require.Len(t, inodes("r.one"), 1)
+
+	all = entries("r.one=rotated", "r.two=2")
+	everywhere("r.one=rotated", "r.two=2")
+	require.Len(t, inodes("r.one"), 1)
+	require.Len(t, w.shared, 2+len(scopes), "nothing of before is remembered")
+
+	change(t, filepath.Join(w.dir, "ns-b", string(literal("r.one"))), "rotated", "damaged") // in place: of all
+	require.False(t, w.Holds(InNamespace("c")))
+	everywhere("r.one=rotated", "r.two=2")
+	require.Len(t, inodes("r.one"), 1)
+
+	for _, scope := range scopes {
+		require.NoError(t, w.Remove(scope))
+	}
+	require.Empty(t, w.shared)
+	require.Empty(t, w.known)
+	require.False(t, w.Holds(Node))
+}
+
+// What is added takes nothing away.
+func TestAdd(t *testing.T) {
+	t.Parallel()
+	w, r := open(t)
+	set(t, w, Node, entries("r.one=1", "*.two=2"))
+	again, err := func() (*Writer, error) { require.NoError(t, w.Close()); return Open(w.dir) }() // another one, who knows nothing of that
+	require.NoError(t, err)
+	defer func() { require.NoError(t, again.Close()) }()
+	_, err = again.Add(Node, entries("r.three=3", "a.*=4"))
+	require.NoError(t, err)
+	for image, want := range map[string]string{"r.one/x": "r.one=1", "a.two/x": "*.two=2", "r.three/x": "r.three=3", "a.five/x": "a.*=4"} {
+		require.Contains(t, lookup(t, r, Node, image), want)
+	}
+	_, err = again.Add(Node, entries("r.one=new"))
+	require.NoError(t, err)
+	require.Equal(t, []string{"r.one=new"}, lookup(t, r, Node, "r.one/x"))
+	set(t, again, Node, entries("r.three=3"))
+	require.Empty(t, lookup(t, r, Node, "r.one/x"))
+	_, err = again.Add(InNamespace("new"), nil)
+	require.NoError(t, err)
+	require.Empty(t, lookup(t, r, InNamespace("new"), "r.one/x"), "it is known")
 }
 
 // What is for an image is told from what is for others of its registry.

@@ -17,6 +17,11 @@ func setLock(fd uintptr) error {
 	return syscall.FcntlFlock(fd, ofdSetLock, &syscall.Flock_t{Type: syscall.F_WRLCK})
 }
 
+// endLock gives the file up at once: a process that is being forked has it open, too, until it becomes another program.
+func endLock(fd uintptr) error {
+	return syscall.FcntlFlock(fd, ofdSetLock, &syscall.Flock_t{Type: syscall.F_UNLCK})
+}
+
 // Alive reports whether a Writer has the folder open.
 func Alive(dir string) bool {
 	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0) //nolint:gosec // the folder is its caller's

@@ -155,8 +155,9 @@ func splitPort(host string) (name, port string) {
 
 // record is the content of a file.
 type record struct {
-	// Scope and Group say where it belongs: one that was moved is none.
-	Scope   string         `json:"scope"`
+	// Group says what it is for, and the Scope of an index whose: one that was moved is none. The same records of several scopes are
+	// one file.
+	Scope   string         `json:"scope,omitempty"`
 	Group   group          `json:"group"`
 	Written instant        `json:"written"`
 	Entries []writtenEntry `json:"entries,omitempty"`

@@ -269,10 +269,6 @@ func TestDoubtfulFiles(t *testing.T) {
 		"it is that of another host": func(t *testing.T, w *Writer) {
 			require.NoError(t, os.Rename(filepath.Join(w.dir, "node", string(literal("r.two"))), record(w)))
 		},
-		"it is that of another namespace": func(t *testing.T, w *Writer) {
-			set(t, w, InNamespace("a"), entries("r.one="+canary))
-			require.NoError(t, os.Rename(filepath.Join(w.dir, "ns-a", name), record(w)))
-		},
 		"the index is that of another namespace": func(t *testing.T, w *Writer) {
 			set(t, w, InNamespace("a"), nil)
 			require.NoError(t, os.Rename(filepath.Join(w.dir, "ns-a", "index"), filepath.Join(w.dir, "node", "index")))
@@ -409,14 +405,14 @@ func rewriteForever(t *testing.T, dir string) {
 
 // Whatever stands in a file, it is a record that a writer wrote, or an error.
 func FuzzDecode(f *testing.F) {
-	good, err := encode(record{Scope: "node", Group: literal("r.one"), Entries: []writtenEntry{{Key: "r.one", Username: "u", Password: "p"}}})
+	good, err := encode(record{Group: literal("r.one"), Entries: []writtenEntry{{Key: "r.one", Username: "u", Password: "p"}}})
 	require.NoError(f, err)
 	f.Add(good)
 	f.Add([]byte(magic + " 1 \n{}"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		r, err := decode(raw, "node", literal("r.one"))
+		r, err := decode(raw, "", literal("r.one"))
 		if err == nil {
-			require.Equal(t, "node", r.Scope)
+			require.Equal(t, literal("r.one"), r.Group)
 		}
 	})
 }

@@ -14,6 +14,9 @@ import (
 // ErrUnknown says that there is no index of a scope: whether there are credentials is not known (yet).
 var ErrUnknown = errors.New("the scope is not known")
 
+// ErrQuestion says that no record could be the answer: the image has no registry, or the scope is no namespace.
+var ErrQuestion = errors.New("it is no image with a registry, or no namespace")
+
 // Reader reads what a Writer has written, and trusts nothing: whatever is not exactly as a Writer leaves it counts as not there.
 type Reader struct {
 	dir   string
@@ -54,7 +57,7 @@ type Answer struct {
 	Credentials []Credential
 	// Matches: one of them is for the image itself.
 	Matches bool
-	// Withheld: there are others, which expire within the margin or have expired.
+	// Withheld: there are others, which expire within the margin, have expired, or cannot be read.
 	Withheld bool
 }
 
@@ -73,11 +76,11 @@ func (r *Reader) Known(scope Scope) bool {
 func (r *Reader) Lookup(scope Scope, image string, margin time.Duration) (Answer, error) {
 	host, repository, ok := strings.Cut(image, "/")
 	if !ok || host == "" || repository == "" || len(image) > maxKeyBytes {
-		return Answer{}, errors.New("it is no image with a registry")
+		return Answer{}, ErrQuestion
 	}
 	folder, err := scope.folder()
 	if err != nil {
-		return Answer{}, err
+		return Answer{}, ErrQuestion
 	}
 	now, err := r.clock()
 	if err != nil {
@@ -104,7 +107,7 @@ func (r *Reader) Lookup(scope Scope, image string, margin time.Duration) (Answer
 		if index.Generation == seen {
 			return answer, nil
 		}
-		answer, err = find(dir, folder, image, index.Masks, func(e writtenEntry, written instant) (time.Duration, bool) {
+		answer, err = find(dir, image, index.Masks, func(e writtenEntry, written instant) (time.Duration, bool) {
 			left := remaining(*e.Expires, written, now)
 			return left, left > margin
 		})
@@ -124,7 +127,7 @@ func unknown(err error) error {
 }
 
 // find reads the records in which there may be credentials for an image.
-func find(dir int, folder, image string, masks []string, left func(writtenEntry, instant) (time.Duration, bool)) (Answer, error) {
+func find(dir int, image string, masks []string, left func(writtenEntry, instant) (time.Duration, bool)) (Answer, error) {
 	host, _, _ := strings.Cut(image, "/")
 	groups := []group{literal(host)}
 	for _, mask := range masks {
@@ -136,13 +139,15 @@ func find(dir int, folder, image string, masks []string, left func(writtenEntry,
 		groups = append(groups, literal(hubIndex))
 	}
 	var answer Answer
+	var failed error
 	for _, g := range groups {
-		record, err := read(dir, folder, g)
+		record, err := read(dir, "", g)
 		if errors.Is(err, syscall.ENOENT) {
 			continue
 		}
 		if err != nil {
-			return Answer{}, err
+			failed = err
+			continue
 		}
 		for _, e := range record.Entries {
 			fallback := g == literal(hubIndex) && e.Key == hubIndex
@@ -161,6 +166,10 @@ func find(dir int, folder, image string, masks []string, left func(writtenEntry,
 			answer.Matches = answer.Matches || fallback || matchesPath(e.Key, image)
 		}
 	}
+	if failed != nil && !answer.Matches {
+		return Answer{}, failed
+	}
+	answer.Withheld = answer.Withheld || failed != nil
 	return answer, nil
 }
 
@@ -227,7 +236,7 @@ func ours(stat *syscall.Stat_t, kind uint32) error {
 	}
 }
 
-// read reads a record.
+// read reads a record; scope is that of an index.
 func read(dir int, scope string, g group) (record, error) {
 	// Not blocking, so that a FIFO does not hold the reader.
 	fd, err := syscall.Openat(dir, string(g), syscall.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)

@@ -45,28 +45,40 @@ type Writer struct {
 	clock clock
 	// better is how far a better clock than that of the machine is ahead of the time since the start; zero where there is none.
 	better time.Duration
-	// known is what this Writer has put on disk.
-	known map[Scope]map[group]onDisk
+	// known is what this Writer has put on disk. shared is a place of each content: the records of all scopes that hold it are one
+	// file, since a resource gives many namespaces the same, and a tmpfs is memory.
+	known  map[Scope]map[group]onDisk
+	shared map[checksum]place
+}
+
+type checksum [sha256.Size]byte
+
+// place is where a content is, or was, and how many records hold it.
+type place struct {
+	name  string
+	holds int
 }
 
 // onDisk is what a record was when it was written.
 type onDisk struct {
-	content [sha256.Size]byte // the checksum of what it holds, but for the time
+	content checksum // of what it holds, but for the time
 	file    stamp
 	start   time.Time // of the machine, by the clock that dated it
 }
 
-// stamp changes with everything that can be done to a file.
+// stamp changes with all that happens to files by accident. (The time of the last change of the inode does so with its links, too.)
 type stamp struct {
-	inode   uint64
-	size    int64
-	changed syscall.Timespec
+	inode    uint64
+	size     int64
+	modified syscall.Timespec
+	mode     uint32
+	owner    uint32
 }
 
 // Open makes the folder, if it is not there, closes it to others, locks it, and sweeps what a writer before has left unfinished.
 // What it has finished stays.
 func Open(dir string) (*Writer, error) {
-	w := &Writer{dir: dir, clock: systemClock, known: map[Scope]map[group]onDisk{}}
+	w := &Writer{dir: dir, clock: systemClock, known: map[Scope]map[group]onDisk{}, shared: map[checksum]place{}}
 	if err := w.open(); err != nil {
 		_ = w.Close()
 		return nil, w.told(err)
@@ -163,7 +175,7 @@ func (w *Writer) intact() error {
 func (w *Writer) Close() error {
 	var errs []error
 	if w.lock != nil {
-		errs = append(errs, w.lock.Close())
+		errs = append(errs, endLock(w.lock.Fd()), w.lock.Close())
 	}
 	if w.root != nil {
 		errs = append(errs, w.root.Close())
@@ -221,50 +233,95 @@ func (w *Writer) Scopes() ([]Scope, error) {
 	return scopes, nil
 }
 
-// Set has a scope hold these entries and no others; none is an answer, too. Of two entries for one key the last counts. Records
-// that are there as they were written are not written again. Skipped is how many entries no record can hold: their keys are
-// none, or they are too large; what was there for the host of one that is too large stays. After an error what was there before
-// is there still, or part of it is new.
-func (w *Writer) Set(scope Scope, entries []Entry) (skipped int, err error) {
-	skipped, err = w.set(scope, entries)
-	return skipped, w.told(err)
-}
-
-func (w *Writer) set(scope Scope, entries []Entry) (skipped int, err error) {
+// Holds reports whether a scope is on disk as this Writer has left it, dated by the same clock.
+func (w *Writer) Holds(scope Scope) bool {
 	folder, err := scope.folder()
-	if err != nil {
-		return 0, err
+	now, clockErr := w.now()
+	if err != nil || clockErr != nil || w.intact() != nil || !w.isFolder(folder) {
+		return false
 	}
-	if err := w.intact(); err != nil {
-		return 0, err
-	}
-	now, err := w.now()
-	if err != nil {
-		return 0, err
-	}
-	if err := w.makeFolder(scope, folder); err != nil {
-		return 0, err
-	}
-	groups, masks, skipped := grouped(entries)
-	var failed error // the first: on a full disk there is one for each record
-	for g, written := range groups {
-		err := w.put(scope, record{Scope: folder, Group: g, Written: now, Entries: written})
-		switch {
-		case errors.Is(err, errSize):
-			skipped += len(written)
-		case failed == nil:
-			failed = err
+	for g := range w.known[scope] {
+		if !w.isThere(scope, path.Join(folder, string(g)), g, now.start()) {
+			return false
 		}
 	}
-	if failed != nil {
-		return skipped, failed
+	_, ok := w.known[scope][indexGroup]
+	return ok
+}
+
+// Set has a scope hold these entries and no others; none is an answer, too. Of two entries for one key the last counts. Records
+// that are there as they were written are not written again. Skipped is how many entries no record can hold: their keys are
+// none, or they are too large; what was there for the host of one that is too large stays. After an error each host has what it
+// had, what it should have, or, where it should have nothing, that.
+func (w *Writer) Set(scope Scope, entries []Entry) (skipped int, err error) {
+	return w.write(scope, entries, true)
+}
+
+// Add does the same, and leaves the records of hosts that have no entry.
+func (w *Writer) Add(scope Scope, entries []Entry) (skipped int, err error) {
+	return w.write(scope, entries, false)
+}
+
+func (w *Writer) write(scope Scope, entries []Entry, only bool) (skipped int, err error) {
+	folder, err := scope.folder()
+	if err == nil {
+		err = w.intact()
 	}
-	// The index comes after them, so that whoever finds it finds all; and before what is not meant to be there any more goes, so
-	// that whoever misses that finds another index.
-	if err := w.put(scope, record{Scope: folder, Group: indexGroup, Written: now, Masks: masks, Generation: generationOf(groups)}); err != nil {
-		return skipped, err
+	var now instant
+	if err == nil {
+		now, err = w.now()
 	}
-	return skipped, w.drop(scope, folder, func(g group) bool { _, ok := groups[g]; return ok || g == indexGroup })
+	if err == nil {
+		err = w.makeFolder(scope, folder)
+	}
+	if err != nil {
+		return 0, w.told(err)
+	}
+	groups, masks, skipped := grouped(entries)
+	wanted := func(g group) bool { _, ok := groups[g]; return ok || g == indexGroup }
+	if !only {
+		// What stays has to be found, whatever its shape.
+		index, _ := w.index(folder)
+		masks = slices.Compact(slices.Sorted(slices.Values(append(masks, index.Masks...))))
+		wanted = func(group) bool { return true }
+	}
+	index := record{Scope: folder, Group: indexGroup, Written: now, Masks: masks, Generation: generationOf(groups)}
+	put := func() (large int, err error) {
+		for g, written := range groups {
+			putErr := w.put(scope, folder, record{Group: g, Written: now, Entries: written})
+			switch {
+			case errors.Is(putErr, errSize):
+				large += len(written)
+			case err == nil: // the first: on a full disk there is one for each record
+				err = putErr
+			}
+		}
+		if err == nil {
+			// The index comes after them, so that whoever finds it finds all; and before what is not meant to be there any more
+			// goes, so that whoever misses that finds another index.
+			err = w.put(scope, folder, index)
+		}
+		return large, err
+	}
+	large, err := put()
+	dropErr := w.drop(scope, folder, wanted)
+	if errors.Is(err, syscall.ENOSPC) {
+		// What was taken back takes effect, even so; and there may be room now.
+		large, err = put()
+	}
+	if err == nil {
+		err = dropErr
+	}
+	return skipped + large, w.told(err)
+}
+
+// index returns that of a scope.
+func (w *Writer) index(folder string) (record, error) {
+	raw, err := w.root.ReadFile(path.Join(folder, string(indexGroup)))
+	if err != nil {
+		return record{}, err
+	}
+	return decode(raw, folder, indexGroup)
 }
 
 // grouped returns the entries of each group, the masks of those with globs, and the number of entries that no group takes.
@@ -303,49 +360,109 @@ func generationOf(groups map[group][]writtenEntry) string {
 	return hex.EncodeToString(hash.Sum(nil)[:8])
 }
 
+// isFolder reports whether a scope's folder is one, and ours alone.
+func (w *Writer) isFolder(folder string) bool {
+	info, err := w.root.Lstat(folder)
+	return err == nil && ours(info.Sys().(*syscall.Stat_t), syscall.S_IFDIR) == nil
+}
+
 // makeFolder makes the folder of a scope, also in the place of what is none.
 func (w *Writer) makeFolder(scope Scope, folder string) error {
-	info, err := w.root.Lstat(folder)
-	if err == nil && ours(info.Sys().(*syscall.Stat_t), syscall.S_IFDIR) != nil {
-		err = errors.Join(w.root.RemoveAll(folder), fs.ErrNotExist)
+	if w.isFolder(folder) {
+		if w.known[scope] == nil {
+			w.known[scope] = map[group]onDisk{}
+		}
+		return nil
 	}
-	if errors.Is(err, fs.ErrNotExist) {
-		w.known[scope] = nil
-		err = w.root.Mkdir(folder, 0o700)
+	w.forget(scope)
+	w.known[scope] = map[group]onDisk{}
+	if err := w.root.RemoveAll(folder); err != nil {
+		return err
 	}
-	if w.known[scope] == nil {
-		w.known[scope] = map[group]onDisk{}
-	}
-	return err
+	return w.root.Mkdir(folder, 0o700)
 }
 
 // put writes a record, unless it is on disk as this Writer has left it, dated by the same clock.
-func (w *Writer) put(scope Scope, r record) error {
+func (w *Writer) put(scope Scope, folder string, r record) error {
 	undated := r
 	undated.Written = instant{}
 	raw, err := json.Marshal(undated)
 	if err != nil {
 		return errors.New("a record cannot be encoded") // the error might quote it
 	}
-	name, content, start := path.Join(r.Scope, string(r.Group)), sha256.Sum256(raw), r.Written.Wall.Add(-r.Written.Boot)
-	if was, ok := w.known[scope][r.Group]; ok && was.content == content && start.Sub(was.start).Abs() <= clockTolerance {
-		if there, err := w.stampOf(name); err == nil && there == was.file {
-			return nil
+	name, content, start := path.Join(folder, string(r.Group)), checksum(sha256.Sum256(raw)), r.Written.start()
+	if w.known[scope][r.Group].content == content && w.isThere(scope, name, r.Group, start) {
+		return nil
+	}
+	if !w.link(folder, name, r.Group, content, start) {
+		file, err := encode(r)
+		if err != nil {
+			return err
 		}
-	}
-	file, err := encode(r)
-	if err != nil {
-		return err
-	}
-	if err := w.replace(r.Scope, name, file); err != nil {
-		return err
+		if err := w.replace(folder, name, func(unfinished string) error { return w.create(unfinished, file) }); err != nil {
+			return err
+		}
 	}
 	there, err := w.stampOf(name)
 	if err != nil {
 		return err
 	}
+	w.forgetRecord(scope, r.Group)
 	w.known[scope][r.Group] = onDisk{content, there, start}
+	w.shared[content] = place{name, w.shared[content].holds + 1}
 	return nil
+}
+
+// isThere reports whether a record is on disk as this Writer has left it, dated by a clock that says the same.
+func (w *Writer) isThere(scope Scope, name string, g group, start time.Time) bool {
+	was, ok := w.known[scope][g]
+	if !ok || start.Sub(was.start).Abs() > clockTolerance {
+		return false
+	}
+	there, err := w.stampOf(name)
+	return err == nil && there == was.file
+}
+
+// link makes a record the same file as another one that holds the same, and reports whether there is such a one.
+func (w *Writer) link(folder, name string, g group, content checksum, start time.Time) bool {
+	other, ok := w.shared[content]
+	if !ok || other.name == name {
+		return false
+	}
+	scope := Node
+	if namespace, ok := strings.CutPrefix(path.Dir(other.name), "ns-"); ok {
+		scope = InNamespace(namespace)
+	}
+	if w.known[scope][g].content != content || !w.isThere(scope, other.name, g, start) {
+		return false
+	}
+	// The same file would be renamed to itself, and its other name stay.
+	if there, err := w.stampOf(name); err == nil && there == w.known[scope][g].file {
+		return true
+	}
+	return w.replace(folder, name, func(unfinished string) error { return w.root.Link(other.name, unfinished) }) == nil
+}
+
+// forgetRecord forgets what a record of a scope holds.
+func (w *Writer) forgetRecord(scope Scope, g group) {
+	was, ok := w.known[scope][g]
+	if !ok {
+		return
+	}
+	delete(w.known[scope], g)
+	if other := w.shared[was.content]; other.holds > 1 {
+		w.shared[was.content] = place{other.name, other.holds - 1}
+	} else {
+		delete(w.shared, was.content)
+	}
+}
+
+// forget forgets a scope.
+func (w *Writer) forget(scope Scope) {
+	for g := range w.known[scope] {
+		w.forgetRecord(scope, g)
+	}
+	delete(w.known, scope)
 }
 
 func (w *Writer) stampOf(name string) (stamp, error) {
@@ -354,21 +471,15 @@ func (w *Writer) stampOf(name string) (stamp, error) {
 		return stamp{}, err
 	}
 	stat := info.Sys().(*syscall.Stat_t)
-	return stamp{stat.Ino, stat.Size, stat.Ctim}, nil
+	return stamp{stat.Ino, stat.Size, stat.Mtim, stat.Mode, stat.Uid}, nil
 }
 
-// replace puts a file in the place of another, or of whatever else there is, at once.
-func (w *Writer) replace(folder, name string, content []byte) (err error) {
-	unfinished := path.Join(folder, temporary+rand.Text())
-	f, err := w.root.OpenFile(unfinished, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+// create makes a file.
+func (w *Writer) create(name string, content []byte) error {
+	f, err := w.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			_ = w.root.Remove(unfinished)
-		}
-	}()
 	_, err = f.Write(content)
 	if err == nil {
 		err = f.Sync() // a tmpfs has nothing to do for it
@@ -376,15 +487,23 @@ func (w *Writer) replace(folder, name string, content []byte) (err error) {
 	if closed := f.Close(); err == nil {
 		err = closed
 	}
-	if err != nil {
-		return err
+	return err
+}
+
+// replace puts a file that finish makes in the place of another, or of whatever else there is, at once.
+func (w *Writer) replace(folder, name string, finish func(unfinished string) error) error {
+	unfinished := path.Join(folder, temporary+rand.Text())
+	err := finish(unfinished)
+	if err == nil {
+		err = w.root.Rename(unfinished, name)
 	}
-	err = w.root.Rename(unfinished, name)
 	if errors.Is(err, syscall.EISDIR) || errors.Is(err, syscall.EEXIST) { // a folder is no record
-		err = w.root.RemoveAll(name)
-		if err == nil {
+		if err = w.root.RemoveAll(name); err == nil {
 			err = w.root.Rename(unfinished, name)
 		}
+	}
+	if err != nil {
+		_ = w.root.Remove(unfinished)
 	}
 	return err
 }
@@ -401,7 +520,7 @@ func (w *Writer) drop(scope Scope, folder string, keep func(group) bool) error {
 			if err := w.root.RemoveAll(path.Join(folder, f.Name())); failed == nil {
 				failed = err
 			}
-			delete(w.known[scope], g)
+			w.forgetRecord(scope, g)
 		}
 	}
 	return failed
@@ -416,7 +535,7 @@ func (w *Writer) Remove(scope Scope) error {
 	if err != nil {
 		return w.told(err)
 	}
-	delete(w.known, scope)
+	w.forget(scope)
 	// The index goes first, so that nobody takes what is left for all.
 	if err = w.root.RemoveAll(path.Join(folder, string(indexGroup))); err == nil {
 		err = w.root.RemoveAll(folder)

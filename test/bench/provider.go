@@ -148,7 +148,7 @@ func (b *bench) measureProvider(ctx context.Context) (err error) {
 	b.run = sizeRun{Size: b.size.name, Load: load(), Provider: &providerRun{}}
 	p := providers{aws: fakeaws.New(), token: base64.StdEncoding.EncodeToString(randomBytes(1329))} // as long as one of ECR
 	// A node cache is on a tmpfs.
-	if p.caches, err = os.MkdirTemp("/dev/shm", "imps-bench-"); err != nil {
+	if p.caches, err = os.MkdirTemp("/dev/shm", fmt.Sprintf("imps-bench-%d-", os.Getpid())); err != nil {
 		return fmt.Errorf("create a folder: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(p.caches)) }()

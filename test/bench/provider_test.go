@@ -62,7 +62,7 @@ func TestBenchAsksBothProviders(t *testing.T) {
 	for _, g := range r.goals() {
 		require.Contains(t, out.String(), g.Name)
 	}
-	left, err := filepath.Glob("/dev/shm/imps-bench-*")
+	left, err := filepath.Glob(fmt.Sprintf("/dev/shm/imps-bench-%d-*", os.Getpid()))
 	require.NoError(t, err)
 	require.Empty(t, left, "folders that are left")
 }

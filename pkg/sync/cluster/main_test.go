@@ -361,6 +361,7 @@ func (t *term) kubelet(name, problem string) {
 	t.nodes.Put(types.NamespacedName{Name: name}, struct{}{})
 	t.reports.Put(types.NamespacedName{Namespace: t.config.Namespace, Name: impsync.ReportName(name)},
 		reportObject{formats: impsync.FormatVersions(), kubelet: &impsync.KubeletReport{Problem: problem}})
+	t.counted = nil
 }
 
 // configOf returns a config with one password for each registry: "registry=password".

@@ -243,7 +243,7 @@ func TestStatusOf(t *testing.T) {
 				s.kubelet("n2", "")
 			},
 			status: "Ready", conditions: []string{"Ready=True Ready", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=True Ready"},
-			kubelet: "2 of 2 nodes have a node cache that is up to date",
+			kubelet: "2 of 2 nodes have said that their node cache is up to date",
 		},
 		"nodes without an agent are no failure for kubelets": {
 			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) {
@@ -251,12 +251,12 @@ func TestStatusOf(t *testing.T) {
 				s.node("n2", false)
 			},
 			status: "Ready", conditions: []string{"Ready=True Ready", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=True Ready"},
-			kubelet: "1 of 2 nodes have a node cache that is up to date; 1 have no agent",
+			kubelet: "1 of 2 nodes have said that their node cache is up to date; 1 have no agent",
 		},
 		"unless no node has one": {
 			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) { s.node("n2", false) },
 			status: "Failed", conditions: []string{"Ready=False DeliveryFailed", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=False DeliveryFailed"},
-			kubelet: "0 of 1 nodes have a node cache that is up to date; 1 have no agent",
+			kubelet: "0 of 1 nodes have said that their node cache is up to date; 1 have no agent",
 		},
 		"nodes cannot write their cache": {
 			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) {
@@ -265,15 +265,20 @@ func TestStatusOf(t *testing.T) {
 				s.kubelet("n3", "")
 			},
 			status: "Failed", conditions: []string{"Ready=False DeliveryFailed", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=False DeliveryFailed"},
-			kubelet: "1 of 3 nodes have a node cache that is up to date; not n1: another agent writes it; n2: no space left on device",
+			kubelet: "1 of 3 nodes have said that their node cache is up to date; not n1: another agent writes it; n2: no space left on device",
 		},
 		"agents have no cache": {
+			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) { s.node("n2", true) },
+			status: "Failed", conditions: []string{"Ready=False NotAllowed", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=False NotAllowed"},
+			kubelet: "0 of 1 nodes have said that their node cache is up to date; the agents of 1 run without --node-cache-dir, which the chart's value nodeCache.enabled sets",
+		},
+		"some agents have no cache yet": {
 			target: toKubelets, edit: func(_ *testing.T, s *situation, _ *claim) {
 				s.kubelet("n1", "")
 				s.node("n2", true)
 			},
-			status: "Failed", conditions: []string{"Ready=False NotAllowed", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=False NotAllowed"},
-			kubelet: "1 of 2 nodes have a node cache that is up to date; the agents of 1 run without --node-cache-dir, which the chart's value nodeCache.enabled sets",
+			status: "", conditions: []string{"Ready=Unknown Progressing", "SourcesReady=True Ready", "SecretsReady=True Ready", "KubeletReady=Unknown Progressing"},
+			kubelet: "1 of 2 nodes have said that their node cache is up to date; the agents of 1 run without --node-cache-dir, which the chart's value nodeCache.enabled sets",
 		},
 		"nodes without an agent are told where Pods select": {
 			target: byPods, edit: func(_ *testing.T, s *situation, _ *claim) {
@@ -490,7 +495,7 @@ func TestANodeThatDoesNotServeItsKubeletIsAnEvent(t *testing.T) {
 		s.kubelet("n1", "no space left on device")
 		events := s.events(r, c)
 		require.Len(t, events, 1)
-		require.Contains(t, events[0], "Warning KubeletError 0 of 1 nodes have a node cache that is up to date; not n1: no space left on device")
+		require.Contains(t, events[0], "Warning KubeletError 0 of 1 nodes have said that their node cache is up to date; not n1: no space left on device")
 		s.kubelet("n2", "")
 		require.Empty(t, s.events(r, c), "the same, of more nodes")
 	})

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"net/http"
 	"slices"
 	"time"
@@ -13,17 +14,15 @@ import (
 	"github.com/imps-node/imps/pkg/api/v1alpha1"
 	"github.com/imps-node/imps/pkg/dockerconfig"
 	"github.com/imps-node/imps/pkg/nodecache"
-	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
 const (
 	// cachePass is how often the node cache is looked at whether or not anything has changed: somebody may have wiped it, or set the
 	// clock. It costs some system calls for each record.
 	cachePass = 30 * time.Second
-	// Times after which a cache that cannot be written is tried again.
-	cacheSoonest, cacheLongest = time.Second, time.Minute
-	// cachePatience is how long the first report waits for the node cache.
-	cachePatience = 5 * time.Second
+	// Times after which a cache that cannot be written is tried again, and one that another agent writes: until then nobody is there
+	// for the provider to wait for.
+	cacheSoonest, cacheLongest, cacheLocked = time.Second, time.Minute, 200 * time.Millisecond
 )
 
 // cache is the node cache, as keepCache knows it.
@@ -63,55 +62,75 @@ func (a *Agent) cacheSoon() {
 	}
 }
 
-// keepCache writes the node cache whenever it has changed what it is to hold, and looks at it now and then. It starts after the
-// first lists are in, so that it never takes back what it has only not seen yet; and it takes nothing back when it ends.
-func (a *Agent) keepCache(ctx, work context.Context) error {
-	c := cache{holds: map[nodecache.Scope][]*selecting{}}
-	defer func() {
-		if c.writer != nil {
-			_ = c.writer.Close()
-		}
-	}()
+// keepCache writes the node cache whenever it has changed what it is to hold, and looks at it now and then. It opens it at once, so
+// that the provider waits for what is new, and writes after the first lists are in, so that it never takes back what it has only not
+// seen yet; and it takes nothing back when it ends.
+func (a *Agent) keepCache(ctx context.Context) error {
+	var c cache
+	defer c.close()
 	pass := time.NewTicker(cachePass)
 	defer pass.Stop()
-	backoff := cacheSoonest
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	ready, backoff := a.ready, cacheSoonest
 	for full := true; ; {
-		pending, err := a.writeCache(work, &c, full)
-		a.cacheWritten(err)
-		if errors.Is(err, nodecache.ErrRemoved) {
-			return err // a container gets the folder anew when it starts again
-		}
-		if pending == nil && err == nil {
-			full, backoff = false, cacheSoonest
-		} else {
-			a.log.Debug("the node cache is not up to date, will try again", "error", impsync.Explain(errors.Join(pending, err)), "againIn", backoff.String())
-			impsync.Pause(ctx, backoff)
-			backoff = min(2*backoff, cacheLongest)
-			a.cacheSoon()
-		}
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-ready:
+			ready = nil // once
+		case <-retry.C:
 		case <-pass.C:
 			full = true
 		case <-a.cacheDirty:
 		}
+		err := a.openCache(&c)
+		if a.Ready() == nil {
+			if err == nil {
+				err = a.writeCache(&c, full)
+			}
+			a.cacheWritten(err)
+		}
+		switch {
+		case err == nil:
+			full, backoff = false, cacheSoonest
+		case errors.Is(err, nodecache.ErrRemoved):
+			return err // a container gets the folder anew when it starts again
+		case errors.Is(err, nodecache.ErrLocked):
+			retry.Reset(cacheLocked)
+		default:
+			retry.Reset(backoff)
+			backoff = min(2*backoff, cacheLongest)
+		}
 	}
+}
+
+func (c *cache) close() {
+	if c.writer != nil {
+		_ = c.writer.Close()
+	}
+	c.writer = nil
+}
+
+// openCache opens the folder, if it is not open.
+func (a *Agent) openCache(c *cache) (err error) {
+	if c.writer == nil {
+		c.writer, err = nodecache.Open(a.config.CacheDir)
+		c.holds = map[nodecache.Scope][]*selecting{}
+	}
+	return err
 }
 
 // cacheWritten takes over what came of a try to write the node cache, and has it told where that is new.
 func (a *Agent) cacheWritten(err error) {
 	problem := ""
 	if err != nil {
-		problem = err.Error() // of the file system: it has paths in it
+		problem = err.Error() // of the file system
 	}
 	a.mu.Lock()
 	was := a.cacheProblem
 	a.cacheProblem = &problem
 	a.mu.Unlock()
-	if was == nil {
-		close(a.cacheTried)
-	}
 	switch {
 	case was != nil && *was == problem:
 		return
@@ -123,38 +142,23 @@ func (a *Agent) cacheWritten(err error) {
 	a.dirty()
 }
 
-// writeCache has the node cache hold what it should. Where it is not full, what is there already is taken for what was written.
-// Pending is what is not known yet of namespaces; err, what is wrong with the cache.
-func (a *Agent) writeCache(ctx context.Context, c *cache, full bool) (pending, err error) {
-	wanted, unread := a.cacheContent()
-	var unknown []error
-	for _, name := range unread {
-		if _, err := a.readNamespace(ctx, name); err != nil {
-			unknown = append(unknown, err)
-			continue
-		}
-		a.cacheSoon() // with what is known now
+// writeCache has the node cache hold what it should, as far as that is known. Where it is not full, what is there already is taken
+// for what was written.
+func (a *Agent) writeCache(c *cache, full bool) error {
+	err := a.fillCache(c, full)
+	if !errors.Is(err, nodecache.ErrLost) {
+		return err
 	}
-	pending = errors.Join(unknown...)
-	for range 2 {
-		if c.writer == nil {
-			if c.writer, err = nodecache.Open(a.config.CacheDir); err != nil {
-				return pending, err
-			}
-			full = true
-		}
-		if err = a.fillCache(c, full, wanted, unread); !errors.Is(err, nodecache.ErrLost) {
-			break
-		}
-		a.log.Warn("somebody has moved, removed or opened the node cache, writing it anew", "folder", a.config.CacheDir)
-		_ = c.writer.Close()
-		c.writer = nil
+	a.log.Warn("somebody has moved, removed or opened the node cache, writing it anew", "folder", a.config.CacheDir)
+	c.close()
+	if err = a.openCache(c); err != nil {
+		return err
 	}
-	return pending, err
+	return a.fillCache(c, true)
 }
 
-// fillCache brings each scope up to date.
-func (a *Agent) fillCache(c *cache, full bool, wanted map[nodecache.Scope][]*selecting, unread []string) error {
+// fillCache brings each scope up to date. An error is the first: on a full disk there is one for each scope.
+func (a *Agent) fillCache(c *cache, full bool) error {
 	if t := a.serverTime.Load(); t != nil {
 		c.writer.SetTime(t.said.Add(time.Since(t.heard)))
 	}
@@ -162,40 +166,61 @@ func (a *Agent) fillCache(c *cache, full bool, wanted map[nodecache.Scope][]*sel
 	if err != nil {
 		return err
 	}
-	// What an agent before has written stays as it is, as long as a rendered Secret cannot be read that it may be of.
+	wanted, unread := a.cacheContent()
+	// What an agent before has written stays, as long as a rendered Secret cannot be read that it may be of.
 	keep := len(a.unread()) > 0
-	var failed error // the first: on a full disk there is one for each scope
+	ours := func(scope nodecache.Scope) bool { _, ok := c.holds[scope]; return ok }
+	var failed error
 	for _, scope := range there {
-		_, ours := c.holds[scope]
-		if _, ok := wanted[scope]; ok || keep && !ours || slices.Contains(unread, scope.Namespace) {
+		if _, ok := wanted[scope]; ok || keep && !ours(scope) || slices.Contains(unread, scope.Namespace) {
 			continue
 		}
-		if err := c.writer.Remove(scope); err != nil {
-			failed = cmp.Or(failed, err)
-			continue
-		}
-		delete(c.holds, scope)
+		failed = cmp.Or(failed, c.writer.Remove(scope))
 	}
-	for scope, from := range wanted {
-		holds, ours := c.holds[scope]
-		if !full && ours && slices.Equal(holds, from) || keep && !ours && slices.Contains(there, scope) {
+	for scope := range c.holds {
+		if _, ok := wanted[scope]; !ok && !slices.Contains(unread, scope.Namespace) {
+			delete(c.holds, scope)
+		}
+	}
+	// New ones first: Pods wait for them.
+	scopes := slices.SortedFunc(maps.Keys(wanted), func(x, y nodecache.Scope) int {
+		if ours(x) != ours(y) {
+			return map[bool]int{true: 1, false: -1}[ours(x)]
+		}
+		return cmp.Compare(x.Namespace, y.Namespace)
+	})
+	for _, scope := range scopes {
+		from := wanted[scope]
+		same := ours(scope) && slices.Equal(c.holds[scope], from)
+		if same && (!full || c.writer.Holds(scope)) {
 			continue
 		}
 		var entries []nodecache.Entry
 		for _, s := range from {
 			entries = append(entries, s.entries...)
 		}
-		skipped, err := c.writer.Set(scope, entries)
-		if err != nil {
+		if keep && slices.Contains(there, scope) && !ours(scope) {
+			_, err := c.writer.Add(scope, entries)
 			failed = cmp.Or(failed, err)
 			continue
 		}
-		if skipped > 0 && !slices.Equal(holds, from) {
-			a.log.Warn("the node cache cannot hold some credentials, whose registries are too long, or which are too large", "namespace", scope.Namespace, "credentials", skipped)
+		skipped, err := c.writer.Set(scope, entries)
+		if err != nil {
+			failed = cmp.Or(failed, err)
+			delete(c.holds, scope)
+			continue
 		}
 		c.holds[scope] = from
+		if skipped > 0 && !same {
+			a.log.Warn("the node cache cannot hold some credentials, whose registries are too long, or which are too large", "namespace", scope.Namespace, "credentials", skipped)
+		}
 	}
 	return failed
+}
+
+// cacheWants reports whether it is not known yet what the Pods of a namespace may pull. The caller holds the lock.
+func (a *Agent) cacheWants(name string, ns *namespace) bool {
+	return a.config.CacheDir != "" && ns != nil && ns.live > 0 && ns.known == nil && a.cacheNeedsMetadata() && !a.config.Excluded.Matches(name)
 }
 
 // cacheNeedsMetadata reports whether labels or annotations of a namespace decide what its Pods may pull. The caller holds the
@@ -227,12 +252,11 @@ func (a *Agent) cacheContent() (content map[nodecache.Scope][]*selecting, unread
 		}
 	}
 	slices.SortFunc(serving, func(x, y *selecting) int { return y.Resource.Compare(x.Resource) })
-	metadata := a.cacheNeedsMetadata()
 	content = map[nodecache.Scope][]*selecting{nodecache.Node: nil}
 	for name, ns := range a.namespaces {
 		switch {
 		case ns.live == 0:
-		case metadata && ns.known == nil && !a.config.Excluded.Matches(name):
+		case a.cacheWants(name, ns):
 			unread = append(unread, name)
 		default:
 			content[nodecache.InNamespace(name)] = nil

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"io"
 	"net/http"
 	"net/url"
 	"os"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/imps-node/imps/pkg/dockerconfig"
@@ -28,25 +31,17 @@ type cachingAgent struct {
 
 func newCachingAgent(t *testing.T) *cachingAgent {
 	t.Helper()
-	a := &cachingAgent{testAgent: newTestAgent(t), cache: cache{holds: map[nodecache.Scope][]*selecting{}}}
+	a := &cachingAgent{testAgent: newTestAgent(t)}
 	a.config.CacheDir = filepath.Join(t.TempDir(), "imps")
-	t.Cleanup(func() { a.close() })
+	t.Cleanup(a.cache.close)
 	return a
 }
 
-func (a *cachingAgent) close() {
-	if a.cache.writer != nil {
-		_ = a.cache.writer.Close()
-		a.cache.writer = nil
-	}
-}
-
-// write has the agent write its cache where anything has changed, and requires that nothing is in its way.
+// write has the agent write its cache where anything has changed.
 func (a *cachingAgent) write(t *testing.T) {
 	t.Helper()
-	pending, err := a.writeCache(t.Context(), &a.cache, false)
-	require.NoError(t, pending)
-	require.NoError(t, err)
+	require.NoError(t, a.openCache(&a.cache))
+	require.NoError(t, a.writeCache(&a.cache, false))
 }
 
 // holding is a rendered form with these registries, "registry=password".
@@ -173,9 +168,9 @@ func TestTheNodeCacheByLabels(t *testing.T) {
 	scope := nodecache.InNamespace("a")
 	a.serves(holding(t, "r", 0, ofLabel, map[string]string{"r.one": "1"}))
 	a.pod("a", "p", &pod{live: true})
-	pending, err := a.writeCache(t.Context(), &a.cache, false)
-	require.NoError(t, err)
-	require.Error(t, pending, "the API server is away")
+	require.Equal(t, []string{"a"}, a.queued())
+	a.write(t)
+	require.Error(t, a.serve(t.Context(), "a"), "the API server is away")
 	require.Equal(t, []string{"GET /api/v1/namespaces/a"}, a.server.asked())
 	require.Nil(t, a.answers(t, scope, "r.one/app"), "it is not known what it may pull")
 	require.Equal(t, map[string]bool{"a": true}, a.watched)
@@ -204,7 +199,7 @@ func TestTheNodeCacheOutlivesItsAgent(t *testing.T) {
 	a.pod("gone", "p", &pod{live: true})
 	a.write(t)
 
-	a.close()
+	a.cache.close()
 
 	next := newCachingAgent(t)
 	next.config.CacheDir = a.config.CacheDir
@@ -219,10 +214,38 @@ func TestTheNodeCacheOutlivesItsAgent(t *testing.T) {
 	require.Empty(t, next.answers(t, nodecache.InNamespace("new"), "r.one/app"))
 	require.NotNil(t, next.answers(t, nodecache.InNamespace("new"), "r.one/app"))
 
+	// What can be read is not held up by what cannot.
+	next.serves(holding(t, "n", 1, ofNode, map[string]string{"r.one": "rotated", "r.two": "new"}))
+	next.write(t)
+	require.Equal(t, []string{"rotated"}, next.answers(t, nodecache.Node, "r.one/app"))
+	require.Equal(t, []string{"new"}, next.answers(t, nodecache.Node, "r.two/app"))
+	require.Equal(t, []string{"1"}, next.answers(t, nodecache.InNamespace("a"), "r.one/app"))
+
 	next.rendered.Drop(unreadable, func(renderedSecret) bool { return true })
 	next.write(t)
 	require.Empty(t, next.answers(t, nodecache.InNamespace("a"), "r.one/app"))
 	require.Nil(t, next.answers(t, nodecache.InNamespace("gone"), "r.one/app"), "it has no Pod here any more")
+}
+
+// A Secret that is no rendered one holds nothing up, whoever put it there.
+func TestAForeignSecretAmongTheRenderedOnes(t *testing.T) {
+	t.Parallel()
+	a := newCachingAgent(t)
+	old, err := nodecache.Open(a.config.CacheDir)
+	require.NoError(t, err)
+	_, err = old.Set(nodecache.Node, []nodecache.Entry{{Key: "r.gone", Username: dockerconfig.NewSensitive("u"), Password: dockerconfig.NewSensitive("p")}})
+	require.NoError(t, err)
+	require.NoError(t, old.Close())
+	for _, s := range []*corev1.Secret{
+		{ObjectMeta: metav1.ObjectMeta{Name: "pull"}, Type: corev1.SecretTypeDockerConfigJson},
+		{ObjectMeta: metav1.ObjectMeta{Name: "pull"}, Type: impsync.RenderedType},
+		{ObjectMeta: metav1.ObjectMeta{Name: impsync.RenderedName("x")}, Type: corev1.SecretTypeOpaque},
+	} {
+		a.rendered.Put(types.NamespacedName{Namespace: "imps-rendered", Name: s.Name}, a.convertRendered(s))
+	}
+	a.write(t)
+	require.Empty(t, a.answers(t, nodecache.Node, "r.gone/app"))
+	require.Empty(t, a.unread())
 }
 
 // A scope is written when those that serve it change, and looked at when the agent's pass comes.
@@ -240,8 +263,7 @@ func TestTheNodeCacheIsLookedAt(t *testing.T) {
 	require.NoError(t, os.Remove(record()))
 	a.write(t)
 	require.Empty(t, a.answers(t, nodecache.Node, "r.one/app"), "nothing has changed")
-	_, err := a.writeCache(t.Context(), &a.cache, true)
-	require.NoError(t, err)
+	require.NoError(t, a.writeCache(&a.cache, true))
 	require.Equal(t, []string{"1"}, a.answers(t, nodecache.Node, "r.one/app"))
 
 	require.NoError(t, os.RemoveAll(a.config.CacheDir))
@@ -264,8 +286,7 @@ func TestTheTimeOfTheAPIServer(t *testing.T) {
 	}
 	_, err := a.dated(roundTripper(answer)).RoundTrip(nil) //nolint:bodyclose // it has none
 	require.NoError(t, err)
-	_, err = a.writeCache(t.Context(), &a.cache, true)
-	require.NoError(t, err)
+	require.NoError(t, a.writeCache(&a.cache, true))
 	require.Empty(t, a.answers(t, nodecache.Node, "r.one/app"), "it has expired")
 	a.dated(a.server).RoundTrip(&http.Request{URL: &url.URL{}}) //nolint:errcheck,bodyclose // it fails
 	require.NotNil(t, a.serverTime.Load())
@@ -281,7 +302,8 @@ func TestANodeCacheThatCannotBeWritten(t *testing.T) {
 	require.Equal(t, "the node cache is not written yet", problem())
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- a.keepCache(ctx, ctx) }()
+	go func() { done <- a.keepCache(ctx) }()
+	close(a.ready)
 	require.Eventually(t, func() bool { return strings.Contains(problem(), "not a directory") }, time.Minute, time.Millisecond)
 	require.NoError(t, os.Remove(a.config.CacheDir))
 	require.Eventually(t, func() bool { return problem() == "" }, time.Minute, time.Millisecond)
@@ -302,10 +324,68 @@ func TestANodeCacheThatCannotBeWritten(t *testing.T) {
 func TestANodeCacheThatAnotherAgentWrites(t *testing.T) {
 	t.Parallel()
 	a := newCachingAgent(t)
+	a.serves(holding(t, "r", 0, ofNode, map[string]string{"r.one": "1"}))
 	other, err := nodecache.Open(a.config.CacheDir)
 	require.NoError(t, err)
-	_, err = a.writeCache(t.Context(), &a.cache, false)
-	require.ErrorIs(t, err, nodecache.ErrLocked)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- a.keepCache(ctx) }()
+	close(a.ready)
+	problem := func() string { return a.currentReport().Kubelet.Problem }
+	require.Eventually(t, func() bool { return strings.Contains(problem(), "another agent writes it") }, time.Minute, time.Millisecond)
 	require.NoError(t, other.Close())
-	a.write(t)
+	require.Eventually(t, func() bool { return problem() == "" }, time.Minute, time.Millisecond)
+	require.Equal(t, []string{"1"}, a.answers(t, nodecache.Node, "r.one/app"))
+	stop()
+	require.NoError(t, <-done)
+}
+
+// Before its lists are in an agent writes nothing, and holds the lock, so that the provider waits.
+func TestANodeCacheThatIsNotReady(t *testing.T) {
+	t.Parallel()
+	a := newCachingAgent(t)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- a.keepCache(ctx) }()
+	require.Eventually(t, func() bool { return nodecache.Alive(a.config.CacheDir) }, time.Minute, time.Millisecond)
+	require.Nil(t, a.answers(t, nodecache.Node, "r.one/app"))
+	close(a.ready)
+	require.Eventually(t, func() bool { return a.answers(t, nodecache.Node, "r.one/app") != nil }, time.Minute, time.Millisecond)
+	stop()
+	require.NoError(t, <-done)
+}
+
+// What was reported last of the node cache stays until this agent knows better.
+func TestTheNodeCacheInTheFirstReport(t *testing.T) {
+	t.Parallel()
+	a := newCachingAgent(t)
+	data, err := impsync.Report{Node: "n1", Kubelet: &impsync.KubeletReport{Problem: "of before"}}.Encode()
+	require.NoError(t, err)
+	a.report.Put(types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName("n1")}, data[impsync.ReportKey])
+	require.Equal(t, "of before", a.currentReport().Kubelet.Problem)
+	a.cacheWritten(nil)
+	require.Empty(t, a.currentReport().Kubelet.Problem)
+}
+
+// Metadata that is read when the watch has ended is good for once: nobody would tell of the next change.
+func TestANamespaceThatIsReleasedWhileItIsRead(t *testing.T) {
+	t.Parallel()
+	a := newCachingAgent(t)
+	a.serves(holding(t, "r", 0, `{secret: {name: pull}, namespaces: {labels: [{matchLabels: {team: red}}]}}`, map[string]string{"r.one": "1"}))
+	a.pod("a", "p", &pod{live: true, waiting: true})
+	a.server.answer = func(request *http.Request) (*http.Response, error) {
+		a.pod("a", "p", &pod{live: true}) // it has started
+		body := `{"apiVersion":"meta.k8s.io/v1","kind":"PartialObjectMetadata","metadata":{"name":"a","labels":{"team":"red"}}}`
+		return &http.Response{StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader(body)), Request: request}, nil
+	}
+	meta, err := a.readNamespace(t.Context(), "a")
+	require.NoError(t, err)
+	require.Equal(t, map[string]string{"team": "red"}, meta.labels)
+	require.Empty(t, a.watched)
+	require.Nil(t, a.knownNamespace("a"))
+
+	ctx, stop := context.WithCancel(t.Context())
+	stop()
+	a.namespaceRead(ctx, "a", a.namespaces["a"], &namespaceMeta{})
+	require.Nil(t, a.knownNamespace("a"), "so is what a watch brings that has ended")
 }

@@ -41,9 +41,14 @@ const canary = "canary-8c31f7-never-printed"
 type noServer struct {
 	mu       sync.Mutex
 	requests []string
+	// answer answers all the same, where it is set.
+	answer func(*http.Request) (*http.Response, error)
 }
 
 func (n *noServer) RoundTrip(request *http.Request) (*http.Response, error) {
+	if n.answer != nil {
+		return n.answer(request)
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.requests = append(n.requests, request.Method+" "+request.URL.Path)
@@ -128,7 +133,7 @@ func (a *testAgent) pod(namespace, name string, current *pod) {
 
 // known has the agent know the metadata of a namespace with Pods.
 func (a *testAgent) known(name string, labels map[string]string) {
-	a.namespaceRead(name, a.namespaces[name], &namespaceMeta{labels: labels})
+	a.namespaceRead(context.Background(), name, a.namespaces[name], &namespaceMeta{labels: labels})
 }
 
 // rendered returns the rendered form of a resource that was created so many minutes after

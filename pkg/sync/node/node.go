@@ -88,8 +88,6 @@ type Agent struct {
 	reportDirty chan struct{}
 	// cacheDirty holds a token while the node cache may need a write.
 	cacheDirty chan struct{}
-	// cacheTried is closed after the first try to write it.
-	cacheTried chan struct{}
 	ready      chan struct{}
 	serverTime atomic.Pointer[serverTime]
 
@@ -123,7 +121,9 @@ type pod struct {
 type renderedSecret struct {
 	rendered impsync.Rendered
 	deleting bool
-	err      error
+	// foreign: it is none, whatever put it there.
+	foreign bool
+	err     error
 }
 
 // selecting is a rendered Secret and its compiled selectors.
@@ -173,7 +173,6 @@ func New(config Config) (*Agent, error) {
 		log:         config.Log.With("duty", duty),
 		reportDirty: make(chan struct{}, 1),
 		cacheDirty:  make(chan struct{}, 1),
-		cacheTried:  make(chan struct{}),
 		ready:       make(chan struct{}),
 		active:      map[string]*selecting{},
 		refused:     workqueue.NewTypedItemExponentialFailureRateLimiter[string](impsync.RecheckSoonest, impsync.RecheckInterval),
@@ -253,7 +252,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}()
 	a.watchNamespace = func(name string, ns *namespace) context.CancelFunc {
 		ctx, stop := context.WithCancel(ctx)
-		mirror := a.namespaceMirror(name, ns)
+		mirror := a.namespaceMirror(ctx, name, ns)
 		watches.Go(func() {
 			err := impsync.RunTasks(ctx, func(ctx context.Context) error { mirror.Run(ctx); return nil })
 			if err != nil {
@@ -267,6 +266,12 @@ func (a *Agent) Run(ctx context.Context) error {
 		func(ctx context.Context) error { a.pods.Run(ctx); return nil },
 		func(ctx context.Context) error { a.rendered.Run(ctx); return nil },
 		func(ctx context.Context) error { a.report.Run(ctx); return nil },
+		func(ctx context.Context) error {
+			if a.config.CacheDir == "" {
+				return nil
+			}
+			return a.keepCache(ctx)
+		},
 		func(ctx context.Context) error {
 			<-ctx.Done()
 			a.queue.ShutDown()
@@ -284,9 +289,6 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.dirty() // also a node without Pods has a report: it says that there is an agent
 			a.log.Info("serving", "node", a.config.NodeName)
 			serve := []func(context.Context) error{func(ctx context.Context) error { return a.keepReport(ctx, work) }}
-			if a.config.CacheDir != "" {
-				serve = append(serve, func(ctx context.Context) error { return a.keepCache(ctx, work) })
-			}
 			for range workers {
 				serve = append(serve, func(ctx context.Context) error {
 					for a.next(ctx, work) {
@@ -339,7 +341,8 @@ func ended(p *corev1.Pod) bool {
 func (a *Agent) convertRendered(o runtime.Object) renderedSecret {
 	s := o.(*corev1.Secret)
 	rendered, err := impsync.DecodeRendered(s, a.config.FormatVersions)
-	return renderedSecret{rendered: rendered, deleting: s.DeletionTimestamp != nil, err: err}
+	foreign := s.Type != impsync.RenderedType || impsync.RenderedName(impsync.UIDOfRendered(s.Name)) != s.Name
+	return renderedSecret{rendered: rendered, deleting: s.DeletionTimestamp != nil, foreign: foreign, err: err}
 }
 
 func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
@@ -377,7 +380,7 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 		}
 	}
 	a.release(key.Namespace, ns, a.config.CacheDir != "" && a.cacheNeedsMetadata())
-	if waits && !waited || current != nil && relabelled && ns.waiting > 0 {
+	if waits && !waited || current != nil && relabelled && ns.waiting > 0 || lives && !lived && a.cacheWants(key.Namespace, ns) {
 		a.queue.Add(key.Namespace) // by any Pod's labels a namespace is selected for all
 	}
 	if relabelled || !slices.Equal(old.refused, current.refused) {
@@ -408,10 +411,10 @@ func (a *Agent) releaseAll() {
 	}
 }
 
-// queueWaiting has the namespaces looked at in which a Pod waits. The caller holds the lock.
+// queueWaiting has the namespaces looked at in which a Pod waits, or that the node cache does. The caller holds the lock.
 func (a *Agent) queueWaiting() {
 	for name, ns := range a.namespaces {
-		if ns.waiting > 0 {
+		if ns.waiting > 0 || a.cacheWants(name, ns) {
 			a.queue.Add(name)
 		}
 	}
@@ -441,7 +444,7 @@ func (a *Agent) renderedChanged(key types.NamespacedName, _, current *renderedSe
 	a.active[key.Name] = next
 	a.releaseAll()
 	a.cacheSoon()
-	if was != nil && was.Target.Name() == next.Target.Name() && was.selection == next.selection {
+	if was != nil && was.Target.Name() == next.Target.Name() && was.selection == next.selection && was.Kubelet == next.Kubelet {
 		// A rotation: the coordinator brings it to every Secret that is there.
 		if was.Rescue || next.Rescue {
 			a.dirty()
@@ -472,7 +475,7 @@ func newSelecting(rendered impsync.Rendered, was *selecting) (*selecting, error)
 
 // namespaceMirror watches one namespace by its name. It does not log: where these watches
 // fail, that of the Pods does too, and says so once.
-func (a *Agent) namespaceMirror(name string, ns *namespace) *impsync.Mirror[namespaceMeta] {
+func (a *Agent) namespaceMirror(ctx context.Context, name string, ns *namespace) *impsync.Mirror[namespaceMeta] {
 	return impsync.NewMirror(impsync.MirrorConfig[namespaceMeta]{
 		Name: "namespace " + name, Example: &metav1.PartialObjectMetadata{}, Log: slog.New(slog.DiscardHandler),
 		ListWatch: impsync.MetadataListWatch(a.metadata, impsync.NamespaceResource, metav1.ObjectNameField+"="+name),
@@ -481,7 +484,7 @@ func (a *Agent) namespaceMirror(name string, ns *namespace) *impsync.Mirror[name
 			if current == nil {
 				current = &namespaceMeta{terminating: true}
 			}
-			a.namespaceRead(name, ns, current)
+			a.namespaceRead(ctx, name, ns, current)
 		},
 	})
 }
@@ -490,10 +493,13 @@ func namespaceMetaOf(m *metav1.PartialObjectMetadata) *namespaceMeta {
 	return &namespaceMeta{labels: m.Labels, annotations: m.Annotations, terminating: m.DeletionTimestamp != nil}
 }
 
-// namespaceRead records the metadata of a namespace that the watch brought.
-func (a *Agent) namespaceRead(name string, ns *namespace, current *namespaceMeta) {
+// namespaceRead records the metadata of a namespace that the watch brought which ctx ends.
+func (a *Agent) namespaceRead(ctx context.Context, name string, ns *namespace, current *namespaceMeta) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if ctx.Err() != nil {
+		return // nobody would tell of the next change
+	}
 	if ns.known != nil && ns.known.equal(current) {
 		return
 	}
@@ -555,11 +561,24 @@ func (a *Agent) next(ctx, work context.Context) bool {
 }
 
 // serve makes sure that the Pods of a namespace that wait here find the Secrets that
-// select it.
+// select it, and that the node cache can tell what it is to hold for it.
 func (a *Agent) serve(ctx context.Context, name string) error {
 	if a.config.Excluded.Matches(name) {
 		return nil
 	}
+	err := a.serveWaiting(ctx, name)
+	a.mu.Lock()
+	wants := a.cacheWants(name, a.namespaces[name])
+	a.mu.Unlock()
+	if wants {
+		_, readErr := a.readNamespace(ctx, name)
+		err = errors.Join(err, readErr)
+		a.cacheSoon()
+	}
+	return err
+}
+
+func (a *Agent) serveWaiting(ctx context.Context, name string) error {
 	pods, oldest := a.podsOf(name)
 	if oldest.IsZero() {
 		return nil
@@ -644,6 +663,9 @@ func (a *Agent) readNamespace(ctx context.Context, name string) (*namespaceMeta,
 	defer a.mu.Unlock()
 	if ns.failed = err != nil && ns.known == nil; ns.failed {
 		return nil, fmt.Errorf("read namespace %s: %w", name, err)
+	}
+	if ns.stop == nil {
+		return namespaceMetaOf(m), nil // it was released meanwhile: nobody would tell of the next change
 	}
 	// The watch may have been faster, and knows as much or more.
 	if ns.known == nil {

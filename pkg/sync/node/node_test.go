@@ -411,7 +411,7 @@ func TestANamespaceIsLookedAtAgainWhenItChanges(t *testing.T) {
 		a.known("a", nil)
 		require.Equal(t, []string{"a"}, a.queued())
 		require.Nil(t, a.namespaces["a"].known.labels)
-		a.namespaceRead("a", a.namespaces["a"], &namespaceMeta{terminating: true})
+		a.namespaceRead(t.Context(), "a", a.namespaces["a"], &namespaceMeta{terminating: true})
 		require.Equal(t, []string{"a"}, a.queued())
 	})
 }
@@ -475,7 +475,7 @@ func TestServe(t *testing.T) {
 			a.known("kube-system", nil)
 		}, nil},
 		"the namespace is going": {"a", func(a *testAgent) {
-			a.namespaceRead("a", a.namespaces["a"], &namespaceMeta{terminating: true})
+			a.namespaceRead(t.Context(), "a", a.namespaces["a"], &namespaceMeta{terminating: true})
 		}, nil},
 		"no Pod of the namespace waits any more": {"a", func(a *testAgent) { a.pod("a", "1", nil) }, nil},
 		"nothing selects it": {"b", func(a *testAgent) {

@@ -25,14 +25,6 @@ func (a *Agent) dirty() {
 // It starts after the first lists are in, so that it never withdraws demand it has only
 // not seen yet. Requests run under work, which outlives ctx a little.
 func (a *Agent) keepReport(ctx, work context.Context) error {
-	if a.config.CacheDir != "" {
-		// So that a new agent does not take back what the one before has said of the node cache.
-		select {
-		case <-a.cacheTried:
-		case <-time.After(cachePatience):
-		case <-ctx.Done():
-		}
-	}
 	backoff := reportInterval
 	for {
 		select {
@@ -107,10 +99,7 @@ func (a *Agent) currentReport() impsync.Report {
 		Demand:         map[string][]types.UID{},
 	}
 	if a.config.CacheDir != "" {
-		report.Kubelet = &impsync.KubeletReport{Problem: "the node cache is not written yet"}
-		if cacheProblem != nil {
-			report.Kubelet.Problem = *cacheProblem
-		}
+		report.Kubelet = a.cacheReport(cacheProblem)
 	}
 	// Of what this agent has never been able to read, the demand stays that was reported
 	// last: by the agent before, which could.
@@ -145,6 +134,23 @@ func (a *Agent) currentReport() impsync.Report {
 	return report
 }
 
+// cacheReport is the state of the node cache; before that is known, what was reported last: by the agent before.
+func (a *Agent) cacheReport(problem *string) *impsync.KubeletReport {
+	if problem != nil {
+		return &impsync.KubeletReport{Problem: *problem}
+	}
+	if last, err := a.lastReport(); err == nil && last.Kubelet != nil {
+		return last.Kubelet
+	}
+	return &impsync.KubeletReport{Problem: "the node cache is not written yet"}
+}
+
+// lastReport is the report that is there; an error where there is none, or none of ours.
+func (a *Agent) lastReport() (impsync.Report, error) {
+	text, _ := a.report.Get(types.NamespacedName{Namespace: a.config.Namespace, Name: impsync.ReportName(a.config.NodeName)})
+	return impsync.DecodeReport(map[string]string{impsync.ReportKey: text})
+}
+
 // wouldHelp reports whether the Pod is stuck on a pull that the Secret has credentials for, and does not name it. Whoever names
 // it is helped by the kubelet, which reads it at each try.
 func (s *selecting) wouldHelp(p pod) bool {
@@ -155,7 +161,7 @@ func (s *selecting) wouldHelp(p pod) bool {
 func (a *Agent) unread() map[types.UID]bool {
 	unread := map[types.UID]bool{}
 	a.rendered.Range(func(key types.NamespacedName, r renderedSecret) bool {
-		if !r.deleting {
+		if !r.deleting && !r.foreign {
 			unread[impsync.UIDOfRendered(key.Name)] = true
 		}
 		return true
@@ -171,10 +177,9 @@ func (a *Agent) unread() map[types.UID]bool {
 // keepDemand adds what the last report demands for these resources, as far as there still
 // are Pods in its namespaces.
 func (a *Agent) keepDemand(demand map[string][]types.UID, resources map[types.UID]bool) {
-	text, _ := a.report.Get(types.NamespacedName{Namespace: a.config.Namespace, Name: impsync.ReportName(a.config.NodeName)})
-	last, err := impsync.DecodeReport(map[string]string{impsync.ReportKey: text})
+	last, err := a.lastReport()
 	if err != nil {
-		return // there was none, or none of ours
+		return
 	}
 	populated := map[string]bool{}
 	a.pods.Range(func(key types.NamespacedName, _ pod) bool {
