@@ -484,3 +484,33 @@ func TestClocksThatAreSet(t *testing.T) {
 	set(t, w, Node, token)
 	require.Equal(t, 12*time.Hour, left())
 }
+
+// What an agent does at its start, at each rotation, and at each look: for so many namespaces with so many registries each, all with
+// the same credentials, of the size of an ECR token.
+func BenchmarkWriter(b *testing.B) {
+	for _, size := range []struct{ namespaces, registries int }{{20, 20}, {100, 100}} {
+		token := func(i int) (all []Entry) {
+			for n := range size.registries {
+				all = append(all, Entry{Key: fmt.Sprintf("r%d.example", n), Username: password("AWS"), Password: password(fmt.Sprintf("%2500d", i))})
+			}
+			return all
+		}
+		w, err := Open(filepath.Join(b.TempDir(), "imps")) // TMPDIR=/dev/shm for a tmpfs
+		require.NoError(b, err)
+		b.Run(fmt.Sprintf("write/%dx%d", size.namespaces, size.registries), func(b *testing.B) {
+			for i := range b.N {
+				for n := range size.namespaces {
+					set(b, w, InNamespace(fmt.Sprint("n", n)), token(i))
+				}
+			}
+		})
+		b.Run(fmt.Sprintf("look/%dx%d", size.namespaces, size.registries), func(b *testing.B) {
+			for range b.N {
+				for n := range size.namespaces {
+					require.True(b, w.Holds(InNamespace(fmt.Sprint("n", n))))
+				}
+			}
+		})
+		require.NoError(b, w.Close())
+	}
+}
