@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
 	"github.com/imps-node/imps/test/cluster/cluster"
 )
 
@@ -52,6 +54,11 @@ func StartHosts(ctx context.Context, control *cluster.Cluster, binary, dir strin
 	if err != nil {
 		return nil, err
 	}
+	return StartHostsOf(ctx, control, binary, dir, image)
+}
+
+// StartHostsOf does the same for another image.
+func StartHostsOf(ctx context.Context, control *cluster.Cluster, binary, dir string, image v1.Image) (*Hosts, error) {
 	d, err := serve(ctx, control, binary, dir, image)
 	if err != nil {
 		return nil, err

@@ -148,7 +148,7 @@ func (n *Node) writeFiles(ctx context.Context, programs hostPrograms, kubelet ku
 	if err != nil {
 		return err
 	}
-	image, err := packPause(program)
+	image, err := ProgramImage("pause", program)
 	if err != nil {
 		return err
 	}
@@ -221,7 +221,7 @@ func PauseImage(ctx context.Context) (v1.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	return packPause(program)
+	return ProgramImage("pause", program)
 }
 
 // buildPause builds test/cluster/pause and returns its content.
@@ -233,9 +233,9 @@ func buildPause(ctx context.Context, path string) ([]byte, error) {
 	return os.ReadFile(path) //nolint:gosec // what was just built
 }
 
-// packPause makes an image of the program alone.
-func packPause(program []byte) (v1.Image, error) {
-	const path = "pause"
+// ProgramImage makes an image of a static program alone, which it starts. path
+// is without the first slash.
+func ProgramImage(path string, program []byte) (v1.Image, error) {
 	var files bytes.Buffer
 	writer := tar.NewWriter(&files)
 	if err := writer.WriteHeader(&tar.Header{Name: path, Mode: 0o755, Size: int64(len(program))}); err != nil {
