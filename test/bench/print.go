@@ -43,9 +43,14 @@ func (r *result) print(w io.Writer, markdown bool) error {
 		}
 		text.WriteString(heading(runs, markdown))
 		tables := []table{goalTable(goalsOf(runs))}
-		if size == sizeProvider {
+		switch size {
+		case sizeProvider:
 			tables = append(tables, answerTable(runs), burstTable(runs))
-		} else {
+		case sizeKubelet:
+			for _, s := range runs[0].Kubelet.Series {
+				tables = append(tables, pluginTable(runs, s))
+			}
+		default:
 			tables = append(tables, timeTable(runs), requestTable(runs), idleTable(runs, r.Idle), memoryTable(runs), cpuTable(runs))
 		}
 		for _, t := range tables {
@@ -82,8 +87,15 @@ func heading(runs []sizeRun, markdown bool) string {
 		cuts += run.Cuts
 	}
 	load := fmt.Sprintf("Runs: %d. Load of the machine before each: %s.", len(runs), strings.Join(loads, ", "))
-	if first.Provider != nil {
-		return fmt.Sprintf("\n%s%s: beside %s\n\n%s\n", mark, first.Size, first.Provider.Beside, load)
+	beside := ""
+	switch {
+	case first.Provider != nil:
+		beside = first.Provider.Beside
+	case first.Kubelet != nil:
+		beside = first.Kubelet.Beside
+	}
+	if beside != "" {
+		return fmt.Sprintf("\n%s%s: beside %s\n\n%s\n", mark, first.Size, beside, load)
 	}
 	return fmt.Sprintf("\n%s%s: %d + %d namespaces\n\n%s The watcher was cut off %d times.\n", mark, first.Size, first.Pods, first.Labels, load, cuts)
 }
