@@ -1,5 +1,6 @@
 // Command bench measures imps on a real API server, beside what the API server itself
-// allows, and its credential provider beside that of AWS: `make bench`. The method, and what the figures mean, is in docs/benchmarks.md.
+// allows, and its credential provider beside that of AWS, alone and in a kubelet: `make bench`. The method, and what the figures mean,
+// is in docs/benchmarks.md.
 package main
 
 import (

@@ -34,7 +34,11 @@ func (r *result) print(w io.Writer, markdown bool) error {
 	m := r.Machine
 	fmt.Fprintf(&text, "%s, %d cores, %d MiB, Linux %s; %s, imps at %s; %s.\n", m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Go, m.Source, m.Date)
 	if m.Kubernetes != "" {
-		fmt.Fprintf(&text, "Kubernetes %s, %g triggers a second.\n", m.Kubernetes, r.Rate)
+		fmt.Fprintf(&text, "Kubernetes %s", m.Kubernetes)
+		if slices.ContainsFunc(r.Runs, func(run sizeRun) bool { return len(run.Phases) > 0 }) {
+			fmt.Fprintf(&text, ", %g triggers a second", r.Rate)
+		}
+		text.WriteString(".\n")
 	}
 	for _, size := range sizeNames() {
 		runs := r.of(size)
