@@ -41,7 +41,7 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	flags := pflag.NewFlagSet("bench", pflag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.SortFlags = false
-	flags.StringSliceVar(&s.sizes, "sizes", []string{"small", "large", sizeProvider}, "what to measure: "+strings.Join(sizeNames(), ", "))
+	flags.StringSliceVar(&s.sizes, "sizes", []string{"small", "large", sizeProvider, sizeKubelet}, "what to measure: "+strings.Join(sizeNames(), ", ")+"; "+sizeKubelet+" needs root on Linux, and is left out elsewhere")
 	flags.IntVar(&s.namespaces, "namespaces", 0, "namespaces of each kind, in place of the size's own `number`")
 	flags.IntVar(&s.repeats, "repeats", 1, "how often each size is measured; medians are shown")
 	flags.IntVar(&s.answers, "answers", 300, "how often size "+sizeProvider+" asks each question")
