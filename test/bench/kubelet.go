@@ -432,7 +432,7 @@ func kubeletRules() (rules []rule) {
 
 // pluginTable lists what kubelets say in a series, all runs together.
 func pluginTable(runs []sizeRun, s series) table {
-	t := table{title: fmt.Sprintf("%d images %s: how often a provider was started, and took no longer than", s.Images*len(runs), s.Name)}
+	t := table{title: fmt.Sprintf("%d images %s: how often a provider was started, in all runs, and took no longer than", s.Images, s.Name)}
 	var heads []string
 	for _, p := range s.Plugins {
 		var all histogram
