@@ -90,7 +90,7 @@ demo: need-go need-node ## Show imps at work on a real API server; KEEP=1 leaves
 	go run ./test/demo
 
 .PHONY: bench
-bench: need-go ## Measure imps beside plain clients, its provider beside ECR's (10 min); BENCHFLAGS=--help lists what else there is
+bench: need-go ## Measure imps beside plain clients, its provider beside ECR's (12 min); BENCHFLAGS=--help lists what else there is
 	go run ./test/bench $(BENCHFLAGS)
 
 .PHONY: scale

@@ -36,6 +36,8 @@ type size struct {
 	unrelated int
 	// accounts are how many ServiceAccounts of each namespace name the Secret.
 	accounts int
+	// images are how many a node pulls in each series.
+	images int
 }
 
 var sizes = []size{
@@ -44,6 +46,7 @@ var sizes = []size{
 	{name: "huge", labels: 10000, labelled: true},
 	{name: "accounts", labels: 10000, labelled: true, accounts: 3},
 	{name: sizeProvider},
+	{name: sizeKubelet, images: pulls},
 }
 
 func sizeNames() (names []string) {
@@ -109,8 +112,15 @@ func measure(ctx context.Context, s settings, progress io.Writer) (*result, erro
 			b := &bench{settings: s, size: size, root: root, progress: progress, begin: time.Now()}
 			b.say("run %d of %d", repeat+1, s.repeats)
 			measure := b.measure
-			if name == sizeProvider {
+			switch name {
+			case sizeProvider:
 				measure = b.measureProvider
+			case sizeKubelet:
+				if err := cluster.CanStartNode(); err != nil {
+					b.say("left out: %v", err)
+					continue
+				}
+				measure = b.measureKubelet
 			}
 			if err := measure(ctx); err != nil {
 				return r, fmt.Errorf("%s: %w", name, err)

@@ -32,6 +32,8 @@ type sizeRun struct {
 	Memory map[string]memory `json:"memory"`
 	// Provider is what size provider has measured, and nothing else.
 	Provider *providerRun `json:"provider,omitempty"`
+	// Kubelet is what size kubelet has measured, and nothing else.
+	Kubelet *kubeletRun `json:"kubelet,omitempty"`
 }
 
 // phase is one kind of change, from its trigger to what imps has made of it.

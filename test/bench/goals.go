@@ -52,8 +52,11 @@ func rulesOf(size string) []rule {
 			{name: "writes in the idle time but the Lease", seen: idleWrites, limit: atMost(0)},
 		}
 	}
-	if size == sizeProvider {
+	switch size {
+	case sizeProvider:
 		return providerRules()
+	case sizeKubelet:
+		return kubeletRules()
 	}
 	single := func(name, phase, p50Before, p99Before string) {
 		p50 := func(r sizeRun) float64 { return r.phase(phase).Latency.P50 }

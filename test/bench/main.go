@@ -1,5 +1,6 @@
 // Command bench measures imps on a real API server, beside what the API server itself
-// allows, and its credential provider beside that of AWS: `make bench`. The method, and what the figures mean, is in docs/benchmarks.md.
+// allows, and its credential provider beside that of AWS, alone and in a kubelet: `make bench`. The method, and what the figures mean,
+// is in docs/benchmarks.md.
 package main
 
 import (
@@ -40,7 +41,7 @@ func parse(args []string, stderr io.Writer) (settings, error) {
 	flags := pflag.NewFlagSet("bench", pflag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.SortFlags = false
-	flags.StringSliceVar(&s.sizes, "sizes", []string{"small", "large", sizeProvider}, "what to measure: "+strings.Join(sizeNames(), ", "))
+	flags.StringSliceVar(&s.sizes, "sizes", []string{"small", "large", sizeProvider, sizeKubelet}, "what to measure: "+strings.Join(sizeNames(), ", ")+"; "+sizeKubelet+" needs root on Linux, and is left out elsewhere")
 	flags.IntVar(&s.namespaces, "namespaces", 0, "namespaces of each kind, in place of the size's own `number`")
 	flags.IntVar(&s.repeats, "repeats", 1, "how often each size is measured; medians are shown")
 	flags.IntVar(&s.answers, "answers", 300, "how often size "+sizeProvider+" asks each question")

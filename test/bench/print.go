@@ -34,7 +34,11 @@ func (r *result) print(w io.Writer, markdown bool) error {
 	m := r.Machine
 	fmt.Fprintf(&text, "%s, %d cores, %d MiB, Linux %s; %s, imps at %s; %s.\n", m.Processor, m.Cores, m.MemoryMiB, m.Kernel, m.Go, m.Source, m.Date)
 	if m.Kubernetes != "" {
-		fmt.Fprintf(&text, "Kubernetes %s, %g triggers a second.\n", m.Kubernetes, r.Rate)
+		fmt.Fprintf(&text, "Kubernetes %s", m.Kubernetes)
+		if slices.ContainsFunc(r.Runs, func(run sizeRun) bool { return len(run.Phases) > 0 }) {
+			fmt.Fprintf(&text, ", %g triggers a second", r.Rate)
+		}
+		text.WriteString(".\n")
 	}
 	for _, size := range sizeNames() {
 		runs := r.of(size)
@@ -43,9 +47,14 @@ func (r *result) print(w io.Writer, markdown bool) error {
 		}
 		text.WriteString(heading(runs, markdown))
 		tables := []table{goalTable(goalsOf(runs))}
-		if size == sizeProvider {
+		switch size {
+		case sizeProvider:
 			tables = append(tables, answerTable(runs), burstTable(runs))
-		} else {
+		case sizeKubelet:
+			for _, s := range runs[0].Kubelet.Series {
+				tables = append(tables, pluginTable(runs, s))
+			}
+		default:
 			tables = append(tables, timeTable(runs), requestTable(runs), idleTable(runs, r.Idle), memoryTable(runs), cpuTable(runs))
 		}
 		for _, t := range tables {
@@ -82,8 +91,15 @@ func heading(runs []sizeRun, markdown bool) string {
 		cuts += run.Cuts
 	}
 	load := fmt.Sprintf("Runs: %d. Load of the machine before each: %s.", len(runs), strings.Join(loads, ", "))
-	if first.Provider != nil {
-		return fmt.Sprintf("\n%s%s: beside %s\n\n%s\n", mark, first.Size, first.Provider.Beside, load)
+	beside := ""
+	switch {
+	case first.Provider != nil:
+		beside = first.Provider.Beside
+	case first.Kubelet != nil:
+		beside = first.Kubelet.Beside
+	}
+	if beside != "" {
+		return fmt.Sprintf("\n%s%s: beside %s\n\n%s\n", mark, first.Size, beside, load)
 	}
 	return fmt.Sprintf("\n%s%s: %d + %d namespaces\n\n%s The watcher was cut off %d times.\n", mark, first.Size, first.Pods, first.Labels, load, cuts)
 }

@@ -147,15 +147,10 @@ type providers struct {
 func (b *bench) measureProvider(ctx context.Context) (err error) {
 	b.run = sizeRun{Size: b.size.name, Load: load(), Provider: &providerRun{}}
 	p := providers{aws: fakeaws.New(), token: base64.StdEncoding.EncodeToString(randomBytes(1329))} // as long as one of ECR
-	// A node cache is on a tmpfs.
-	if p.caches, err = os.MkdirTemp("/dev/shm", fmt.Sprintf("imps-bench-%d-", os.Getpid())); err != nil {
-		return fmt.Errorf("create a folder: %w", err)
+	defer func() { err = errors.Join(err, p.removeFolders()) }()
+	if err := p.makeFolders(); err != nil {
+		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(p.caches)) }()
-	if p.bin, err = os.MkdirTemp("", "imps-bench-"); err != nil {
-		return fmt.Errorf("create a folder: %w", err)
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(p.bin)) }()
 	b.say("building the providers")
 	if err := p.build(ctx, b.root, b.run.Provider); err != nil {
 		return err
@@ -194,6 +189,21 @@ func (b *bench) measureProvider(ctx context.Context) (err error) {
 	b.say("asking for %d repositories at once", pulls)
 	b.run.Provider.Bursts, err = p.burst(ctx, cold, min(bursts, b.settings.answers))
 	return err
+}
+
+func (p *providers) makeFolders() (err error) {
+	// A node cache is on a tmpfs.
+	if p.caches, err = os.MkdirTemp("/dev/shm", fmt.Sprintf("imps-bench-%d-", os.Getpid())); err != nil {
+		return fmt.Errorf("create a folder: %w", err)
+	}
+	if p.bin, err = os.MkdirTemp("", "imps-bench-"); err != nil {
+		return fmt.Errorf("create a folder: %w", err)
+	}
+	return nil
+}
+
+func (p *providers) removeFolders() error {
+	return errors.Join(os.RemoveAll(p.caches), os.RemoveAll(p.bin))
 }
 
 // build builds the programs, and notes their sizes.
@@ -329,19 +339,12 @@ func (p *providers) ecr() (questions []question, stop func(), err error) {
 	}
 	var servers []*httptest.Server
 	for _, latency := range latencies {
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if latency == 0 || pause(r.Context(), latency) == nil {
-				p.aws.ServeHTTP(w, r)
-			}
-		}))
+		server := p.serve(latency)
 		servers = append(servers, server)
 		questions = append(questions, question{
 			name:    besideName(latency),
 			command: []string{filepath.Join(p.bin, ecrProvider)},
-			env: []string{
-				"AWS_ACCESS_KEY_ID=" + key.AccessKeyID, "AWS_SECRET_ACCESS_KEY=" + key.SecretAccessKey,
-				"AWS_ENDPOINT_URL_ECR=" + server.URL, "AWS_EC2_METADATA_DISABLED=true",
-			},
+			env:     awsEnv(key, server.URL),
 			request: request, every: 1,
 			check: hit(func(username, password string) bool { return p.aws.Opens(ecrRegion, false, username, password) }),
 		})
@@ -351,6 +354,23 @@ func (p *providers) ecr() (questions []question, stop func(), err error) {
 			server.Close()
 		}
 	}, nil
+}
+
+// serve serves an AWS with a latency.
+func (p *providers) serve(latency time.Duration) *httptest.Server {
+	return httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if latency == 0 || pause(r.Context(), latency) == nil {
+			p.aws.ServeHTTP(w, r)
+		}
+	}))
+}
+
+// awsEnv has a program find it.
+func awsEnv(key fakeaws.Key, url string) []string {
+	return []string{
+		"AWS_ACCESS_KEY_ID=" + key.AccessKeyID, "AWS_SECRET_ACCESS_KEY=" + key.SecretAccessKey,
+		"AWS_ENDPOINT_URL_ECR=" + url, "AWS_EC2_METADATA_DISABLED=true",
+	}
 }
 
 func besideName(latency time.Duration) string {
