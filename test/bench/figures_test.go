@@ -156,5 +156,5 @@ func TestParseRefusesWhatMakesNoSense(t *testing.T) {
 	}
 	s, err := parse(nil, io.Discard)
 	require.NoError(t, err)
-	require.Equal(t, []string{"small", "large", sizeProvider}, s.sizes)
+	require.Equal(t, []string{"small", "large", sizeProvider, sizeKubelet}, s.sizes)
 }
