@@ -29,6 +29,8 @@ const (
 type cache struct {
 	// writer is nil where the folder could not be opened, or is lost.
 	writer *nodecache.Writer
+	// told is what the writer knows of the API server's time. It goes on by a clock that a suspended machine does not stop.
+	told *serverTime
 	// holds are the scopes that this agent has written, with the resources that have given each what it holds.
 	holds map[nodecache.Scope][]*selecting
 }
@@ -116,7 +118,7 @@ func (c *cache) close() {
 func (a *Agent) openCache(c *cache) (err error) {
 	if c.writer == nil {
 		c.writer, err = nodecache.Open(a.config.CacheDir)
-		c.holds = map[nodecache.Scope][]*selecting{}
+		c.holds, c.told = map[nodecache.Scope][]*selecting{}, nil
 	}
 	return err
 }
@@ -159,8 +161,9 @@ func (a *Agent) writeCache(c *cache, full bool) error {
 
 // fillCache brings each scope up to date. An error is the first: on a full disk there is one for each scope.
 func (a *Agent) fillCache(c *cache, full bool) error {
-	if t := a.serverTime.Load(); t != nil {
+	if t := a.serverTime.Load(); t != c.told {
 		c.writer.SetTime(t.said.Add(time.Since(t.heard)))
+		c.told = t
 	}
 	there, err := c.writer.Scopes()
 	if err != nil {
