@@ -107,10 +107,7 @@ func (r *Reader) Lookup(scope Scope, image string, margin time.Duration) (Answer
 		if index.Generation == seen {
 			return answer, nil
 		}
-		answer, err = find(dir, image, index.Masks, func(e writtenEntry, written instant) (time.Duration, bool) {
-			left := remaining(*e.Expires, written, now)
-			return left, left > margin
-		})
+		answer, err = find(dir, image, index.Masks, now, margin)
 		if err != nil || answer.Matches {
 			return answer, err
 		}
@@ -127,7 +124,7 @@ func unknown(err error) error {
 }
 
 // find reads the records in which there may be credentials for an image.
-func find(dir int, image string, masks []string, left func(writtenEntry, instant) (time.Duration, bool)) (Answer, error) {
+func find(dir int, image string, masks []string, now instant, margin time.Duration) (Answer, error) {
 	host, _, _ := strings.Cut(image, "/")
 	groups := []group{literal(host)}
 	for _, mask := range masks {
@@ -154,10 +151,10 @@ func find(dir int, image string, masks []string, left func(writtenEntry, instant
 			if !matchesHost(e.Key, host) && !fallback {
 				continue
 			}
-			c := Credential{key: e.Key, username: e.Username, password: e.Password, expires: e.Expires != nil}
-			if c.expires {
-				var good bool
-				if c.left, good = left(e, record.Written); !good {
+			c := Credential{key: e.Key, username: e.Username, password: e.Password}
+			if e.Expires != nil {
+				c.left, c.expires = remaining(*e.Expires, record.Written, now), true
+				if c.left <= margin {
 					answer.Withheld = true
 					continue
 				}

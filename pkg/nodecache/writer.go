@@ -45,18 +45,18 @@ type Writer struct {
 	clock clock
 	// better is how far a better clock than that of the machine is ahead of the time since the start; zero where there is none.
 	better time.Duration
-	// known is what this Writer has put on disk. shared is a place of each content: the records of all scopes that hold it are one
+	// known is what this Writer has put on disk. shared says where each content is: the records of all scopes that hold it are one
 	// file, since a resource gives many namespaces the same, and a tmpfs is memory.
 	known  map[Scope]map[group]onDisk
-	shared map[checksum]place
+	shared map[checksum]holders
 }
 
 type checksum [sha256.Size]byte
 
-// place is where a content is, or was, and how many records hold it.
-type place struct {
-	name  string
-	holds int
+// holders are those that hold a content: how many, and the last of them.
+type holders struct {
+	count int
+	last  Scope
 }
 
 // onDisk is what a record was when it was written.
@@ -78,7 +78,7 @@ type stamp struct {
 // Open makes the folder, if it is not there, closes it to others, locks it, and sweeps what a writer before has left unfinished.
 // What it has finished stays.
 func Open(dir string) (*Writer, error) {
-	w := &Writer{dir: dir, clock: systemClock, known: map[Scope]map[group]onDisk{}, shared: map[checksum]place{}}
+	w := &Writer{dir: dir, clock: systemClock, known: map[Scope]map[group]onDisk{}, shared: map[checksum]holders{}}
 	if err := w.open(); err != nil {
 		_ = w.Close()
 		return nil, w.told(err)
@@ -394,7 +394,8 @@ func (w *Writer) put(scope Scope, folder string, r record) error {
 	if w.known[scope][r.Group].content == content && w.isThere(scope, name, r.Group, start) {
 		return nil
 	}
-	if !w.link(folder, name, r.Group, content, start) {
+	written, ok := w.link(scope, name, r.Group, content, start)
+	if !ok {
 		file, err := encode(r)
 		if err != nil {
 			return err
@@ -402,14 +403,15 @@ func (w *Writer) put(scope Scope, folder string, r record) error {
 		if err := w.replace(folder, name, func(unfinished string) error { return w.create(unfinished, file) }); err != nil {
 			return err
 		}
-	}
-	there, err := w.stampOf(name)
-	if err != nil {
-		return err
+		there, err := w.stampOf(name)
+		if err != nil {
+			return err
+		}
+		written = onDisk{content, there, start}
 	}
 	w.forgetRecord(scope, r.Group)
-	w.known[scope][r.Group] = onDisk{content, there, start}
-	w.shared[content] = place{name, w.shared[content].holds + 1}
+	w.known[scope][r.Group] = written
+	w.shared[content] = holders{w.shared[content].count + 1, scope}
 	return nil
 }
 
@@ -423,24 +425,23 @@ func (w *Writer) isThere(scope Scope, name string, g group, start time.Time) boo
 	return err == nil && there == was.file
 }
 
-// link makes a record the same file as another one that holds the same, and reports whether there is such a one.
-func (w *Writer) link(folder, name string, g group, content checksum, start time.Time) bool {
+// link makes a record the same file as that of another scope which holds the same; false where there is none.
+func (w *Writer) link(scope Scope, name string, g group, content checksum, start time.Time) (onDisk, bool) {
 	other, ok := w.shared[content]
-	if !ok || other.name == name {
-		return false
+	folder, err := other.last.folder()
+	if !ok || err != nil || other.last == scope {
+		return onDisk{}, false
 	}
-	scope := Node
-	if namespace, ok := strings.CutPrefix(path.Dir(other.name), "ns-"); ok {
-		scope = InNamespace(namespace)
-	}
-	if w.known[scope][g].content != content || !w.isThere(scope, other.name, g, start) {
-		return false
+	theirs := path.Join(folder, string(g))
+	its := w.known[other.last][g]
+	if its.content != content || !w.isThere(other.last, theirs, g, start) {
+		return onDisk{}, false
 	}
 	// The same file would be renamed to itself, and its other name stay.
-	if there, err := w.stampOf(name); err == nil && there == w.known[scope][g].file {
-		return true
+	if there, err := w.stampOf(name); err == nil && there == its.file {
+		return its, true
 	}
-	return w.replace(folder, name, func(unfinished string) error { return w.root.Link(other.name, unfinished) }) == nil
+	return its, w.replace(path.Dir(name), name, func(unfinished string) error { return w.root.Link(theirs, unfinished) }) == nil
 }
 
 // forgetRecord forgets what a record of a scope holds.
@@ -450,8 +451,8 @@ func (w *Writer) forgetRecord(scope Scope, g group) {
 		return
 	}
 	delete(w.known[scope], g)
-	if other := w.shared[was.content]; other.holds > 1 {
-		w.shared[was.content] = place{other.name, other.holds - 1}
+	if other := w.shared[was.content]; other.count > 1 {
+		w.shared[was.content] = holders{other.count - 1, other.last}
 	} else {
 		delete(w.shared, was.content)
 	}

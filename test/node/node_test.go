@@ -168,10 +168,10 @@ func TestEveryPodOfANode(t *testing.T) {
 	late := s.registry("late.test")
 	s.pod(namespace, "orphaned", "default", "late.test/app:v1")
 	s.become(namespace, "orphaned", refused)
-	late.Allow("imps", canary+"-new")
 	s.source("hub", canary+"-new", append(hosts, "late.test")...)
 	s.has("late.test/app", "")
 	s.withoutAPIServer(func() {
+		late.Allow("imps", canary+"-new") // not before: it is pulled without an API server
 		s.eventually(func() error {
 			if late.Counts().Pulled == 0 {
 				return errors.New("nothing was pulled")
@@ -190,18 +190,19 @@ func TestPodsOfANamespaceWithoutAPIServer(t *testing.T) {
 	r := s.registry("registry.test")
 	s.pod(namespace, "p", "default", "registry.test/app:v1")
 	s.become(namespace, "p", refused) // it has asked with the Pod's token, in vain
-	r.Allow("imps", canary)
 	s.source("hub", canary, "registry.test")
 	s.resource("a", "{secret: {name: "+imps.SecretName+"}, namespaces: {names: ["+namespace+"]}, kubelet: {}}", secretOf("hub"))
 	s.has("registry.test/app", s.tokenFor(namespace))
 	s.withoutAPIServer(func() {
+		r.Allow("imps", canary) // not before: it would be pulled if the provider were asked
 		s.eventually(func() error {
 			log, err := os.ReadFile(s.node.Log())
-			if err == nil && !strings.Contains(string(log), "failed to get service account: ") && r.Counts().Pulled == 0 {
+			if err == nil && !strings.Contains(string(log), "failed to get service account: ") {
 				err = errors.New("it has not tried")
 			}
 			return err
 		}, "the kubelet does not try")
+		require.Zero(t, r.Counts().Pulled)
 	})
 	s.becomePulled(namespace, "p", 1)
 }

@@ -270,20 +270,6 @@ func (t *term) dropReport(ctx context.Context, node string) error {
 	return err
 }
 
-// nodesWithoutAgent counts the nodes that have no readable report, of all nodes.
-func (t *term) nodesWithoutAgent() (without, all int) {
-	t.nodes.Range(func(key types.NamespacedName, _ struct{}) bool {
-		all++
-		report := types.NamespacedName{Namespace: t.config.Namespace, Name: impsync.ReportName(key.Name)}
-		// A report that cannot be read says nothing about what its Pods demand.
-		if r, ok := t.reports.Get(report); !ok || r.err != nil {
-			without++
-		}
-		return true
-	})
-	return without, all
-}
-
 // updateNodesWithoutAgent tells the metric, and the resources whose status says it.
 func (t *term) updateNodesWithoutAgent() {
 	if !t.hasStarted() {
@@ -291,15 +277,14 @@ func (t *term) updateNodesWithoutAgent() {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	without, _ := t.nodesWithoutAgent() // under the lock, so that the last count wins
-	t.metrics.withoutAgent.Set(float64(without))
-	t.withoutAgent = without
+	t.kubeletsChanged()
+	t.withoutAgent = t.countNodes().withoutAgent // under the lock, so that the last count wins
+	t.metrics.withoutAgent.Set(float64(t.withoutAgent))
 	for uid, claim := range t.claims {
 		if claim.selection != nil && claim.selection.HasPodRules() {
 			t.statusDirty(uid)
 		}
 	}
-	t.kubeletsChanged()
 }
 
 func (t *term) hasStarted() bool {

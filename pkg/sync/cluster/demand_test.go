@@ -309,9 +309,8 @@ func TestNodesWithoutAgentAreCountedAndTold(t *testing.T) {
 			term.node(name, name != "n2")
 		}
 		term.reports.Put(types.NamespacedName{Namespace: "imps-system", Name: impsync.ReportName("gone")}, reportObject{})
-		without, all := term.nodesWithoutAgent()
-		require.Equal(t, 1, without)
-		require.Equal(t, 3, all)
+		require.Equal(t, 1, term.countNodes().withoutAgent)
+		require.Equal(t, 3, term.countNodes().all)
 
 		term.claimOf(t, resource(t, "pods", 0, `{secret: {name: pull}, namespacesWithPods: {labels: [{}]}}`), 1)
 		term.claimOf(t, resource(t, "names", 0, `{secret: {name: pull}, namespaces: {names: [x]}}`), 1)

@@ -12,67 +12,70 @@ import (
 	impsync "github.com/imps-node/imps/pkg/sync"
 )
 
-// kubelets says what becomes of the credentials on the nodes that are there.
-type kubelets struct {
-	nodes, serving, withoutAgent, withoutCache int
-	// failing are the nodes whose agent cannot write its cache, "<node>: <why>", sorted.
-	failing []string
+// nodeCount is how many nodes there are, and what becomes of the credentials on them.
+type nodeCount struct {
+	all int
+	// withoutAgent have no report that can be read: such a one says nothing, also about what the Pods demand.
+	withoutAgent int
+	// serving have their node cache up to date, withoutCache have none, and failing cannot write it: "<node>: <why>", sorted.
+	serving, withoutCache int
+	failing               []string
 }
 
-// kubelets counts the nodes, or returns what it has counted since the last change. The caller holds the lock.
-func (t *term) kubelets() *kubelets {
+// countNodes counts the nodes, or returns what was counted since the last change. The caller holds the lock.
+func (t *term) countNodes() *nodeCount {
 	if t.counted != nil {
 		return t.counted
 	}
-	k := &kubelets{}
+	n := &nodeCount{}
 	t.nodes.Range(func(key types.NamespacedName, _ struct{}) bool {
-		k.nodes++
+		n.all++
 		r, ok := t.reports.Get(types.NamespacedName{Namespace: t.config.Namespace, Name: impsync.ReportName(key.Name)})
 		switch {
 		case !ok || r.err != nil:
-			k.withoutAgent++
+			n.withoutAgent++
 		case r.kubelet == nil:
-			k.withoutCache++
+			n.withoutCache++
 		case r.kubelet.Problem != "":
-			k.failing = append(k.failing, key.Name+": "+r.kubelet.Problem)
+			n.failing = append(n.failing, key.Name+": "+r.kubelet.Problem)
 		default:
-			k.serving++
+			n.serving++
 		}
 		return true
 	})
-	slices.Sort(k.failing)
-	t.counted = k
-	return k
+	slices.Sort(n.failing)
+	t.counted = n
+	return n
 }
 
 // kubeletReady says on how many nodes the credentials are where the kubelet's provider finds them, and why not on the others. Nodes
 // without an agent are counted, and no failure: some kinds of nodes never have one. An agent that is away counts by what it has said
-// last: what it has written is served meanwhile.
-func (t *term) kubeletReady(r *v1alpha1.ImagePullSecret) []metav1.Condition {
+// last: what it has written is served meanwhile. Without a type where the resource does not ask for kubelets.
+func (t *term) kubeletReady(r *v1alpha1.ImagePullSecret) metav1.Condition {
 	if r.Spec.Target.Kubelet == nil {
-		return nil
+		return metav1.Condition{}
 	}
-	k := t.kubelets()
+	n := t.countNodes()
 	condition := metav1.Condition{Type: v1alpha1.ConditionKubeletReady, Status: metav1.ConditionTrue, Reason: reasonReady}
-	condition.Message = fmt.Sprintf("%d of %d nodes have said that their node cache is up to date", k.serving, k.nodes)
+	condition.Message = fmt.Sprintf("%d of %d nodes have said that their node cache is up to date", n.serving, n.all)
 	switch {
-	case len(k.failing) > 0, k.nodes > 0 && k.withoutAgent == k.nodes:
+	case len(n.failing) > 0, n.all > 0 && n.withoutAgent == n.all:
 		condition.Status, condition.Reason = metav1.ConditionFalse, reasonFailed
-	case k.withoutCache > 0 && k.serving == 0:
+	case n.withoutCache > 0 && n.serving == 0:
 		condition.Status, condition.Reason = metav1.ConditionFalse, reasonNotAllowed
-	case k.withoutCache > 0: // it is being rolled out
+	case n.withoutCache > 0: // it is being rolled out
 		condition.Status, condition.Reason = metav1.ConditionUnknown, reasonProgressing
 	}
-	if len(k.failing) > 0 {
-		condition.Message += notOf + listed(k.failing)
+	if len(n.failing) > 0 {
+		condition.Message += notOf + listed(n.failing)
 	}
-	if k.withoutCache > 0 {
-		condition.Message += fmt.Sprintf("; the agents of %d run without --node-cache-dir, which the chart's value nodeCache.enabled sets", k.withoutCache)
+	if n.withoutCache > 0 {
+		condition.Message += fmt.Sprintf("; the agents of %d run without --node-cache-dir, which the chart's value nodeCache.enabled sets", n.withoutCache)
 	}
-	if k.withoutAgent > 0 {
-		condition.Message += fmt.Sprintf("; %d have no agent", k.withoutAgent)
+	if n.withoutAgent > 0 {
+		condition.Message += fmt.Sprintf("; %d have no agent", n.withoutAgent)
 	}
-	return []metav1.Condition{condition}
+	return condition
 }
 
 // kubeletsDelay is how long a change of the nodes waits for others: where nodes come and go all the time, that many writes.

@@ -354,6 +354,7 @@ func (t *term) node(name string, reports bool) {
 		t.reports.Put(types.NamespacedName{Namespace: t.config.Namespace, Name: impsync.ReportName(name)},
 			reportObject{formats: impsync.FormatVersions()})
 	}
+	t.counted = nil
 }
 
 // kubelet has the term know a node whose agent has a node cache, and what is wrong with that.

@@ -177,10 +177,11 @@ func (t *term) statusOf(r *v1alpha1.ImagePullSecret, c *claim, s summary) v1alph
 		Namespaces:                   &s.counts,
 	}
 	conditions := []metav1.Condition{sourcesReady(c), t.secretsReady(c, s)}
-	if condition := t.accountsReady(r, c); condition.Type != "" {
-		conditions = append(conditions, condition)
+	for _, condition := range []metav1.Condition{t.accountsReady(r, c), t.kubeletReady(r)} {
+		if condition.Type != "" {
+			conditions = append(conditions, condition)
+		}
 	}
-	conditions = append(conditions, t.kubeletReady(r)...)
 	conditions = append([]metav1.Condition{ready(conditions)}, conditions...)
 	for _, condition := range conditions {
 		condition.ObservedGeneration = c.generation
@@ -246,8 +247,8 @@ func (t *term) secretsReady(c *claim, s summary) metav1.Condition {
 		condition.Status, condition.Reason, condition.Message = metav1.ConditionTrue, reasonReady, progress
 	}
 	if c.selection != nil && c.selection.HasPodRules() {
-		if without, all := t.nodesWithoutAgent(); without > 0 {
-			condition.Message += fmt.Sprintf("; %d of %d nodes have no agent, so that namespaces selected only by Pods there are not seen", without, all)
+		if n := t.countNodes(); n.withoutAgent > 0 {
+			condition.Message += fmt.Sprintf("; %d of %d nodes have no agent, so that namespaces selected only by Pods there are not seen", n.withoutAgent, n.all)
 		}
 	}
 	return condition

@@ -91,8 +91,8 @@ type term struct {
 	writing map[types.NamespacedName]bool
 	// stuck are the Pods of each node that cannot pull, as its report says.
 	stuck map[string][]impsync.StuckPod
-	// counted says what becomes of the credentials on the nodes; nil where that is to be counted.
-	counted *kubelets
+	// counted are the nodes; nil where they are to be counted.
+	counted *nodeCount
 	// withoutAgent is the number of nodes without a report.
 	withoutAgent int
 	// nodeGone is when a node was deleted, and reportDropped says that its report was, too.

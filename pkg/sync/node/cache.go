@@ -187,10 +187,14 @@ func (a *Agent) fillCache(c *cache, full bool) error {
 	}
 	// New ones first: Pods wait for them.
 	scopes := slices.SortedFunc(maps.Keys(wanted), func(x, y nodecache.Scope) int {
-		if ours(x) != ours(y) {
-			return map[bool]int{true: 1, false: -1}[ours(x)]
+		switch {
+		case !ours(x) && ours(y):
+			return -1
+		case ours(x) && !ours(y):
+			return 1
+		default:
+			return cmp.Compare(x.Namespace, y.Namespace)
 		}
-		return cmp.Compare(x.Namespace, y.Namespace)
 	})
 	for _, scope := range scopes {
 		from := wanted[scope]
@@ -221,14 +225,18 @@ func (a *Agent) fillCache(c *cache, full bool) error {
 	return failed
 }
 
-// cacheWants reports whether it is not known yet what the Pods of a namespace may pull. The caller holds the lock.
-func (a *Agent) cacheWants(name string, ns *namespace) bool {
-	return a.config.CacheDir != "" && ns != nil && ns.live > 0 && ns.known == nil && a.cacheNeedsMetadata() && !a.config.Excluded.Matches(name)
+// cacheWants reports whether it is not known yet what the Pods of a namespace may pull, where metadata decides. The caller holds the
+// lock.
+func (a *Agent) cacheWants(name string, ns *namespace, metadata bool) bool {
+	return metadata && ns != nil && ns.live > 0 && ns.known == nil && !a.config.Excluded.Matches(name)
 }
 
-// cacheNeedsMetadata reports whether labels or annotations of a namespace decide what its Pods may pull. The caller holds the
+// cacheNeedsMetadata reports whether labels or annotations of namespaces decide what their Pods may pull. The caller holds the
 // lock.
 func (a *Agent) cacheNeedsMetadata() bool {
+	if a.config.CacheDir == "" {
+		return false
+	}
 	for _, s := range a.active {
 		if s.Kubelet == v1alpha1.KubeletScopeNamespace && s.selection.HasMetadataRules() {
 			return true
@@ -255,11 +263,12 @@ func (a *Agent) cacheContent() (content map[nodecache.Scope][]*selecting, unread
 		}
 	}
 	slices.SortFunc(serving, func(x, y *selecting) int { return y.Resource.Compare(x.Resource) })
+	metadata := a.cacheNeedsMetadata()
 	content = map[nodecache.Scope][]*selecting{nodecache.Node: nil}
 	for name, ns := range a.namespaces {
 		switch {
 		case ns.live == 0:
-		case a.cacheWants(name, ns):
+		case a.cacheWants(name, ns, metadata):
 			unread = append(unread, name)
 		default:
 			content[nodecache.InNamespace(name)] = nil

@@ -379,8 +379,9 @@ func (a *Agent) podChanged(key types.NamespacedName, old, current *pod) {
 			a.cacheSoon()
 		}
 	}
-	a.release(key.Namespace, ns, a.config.CacheDir != "" && a.cacheNeedsMetadata())
-	if waits && !waited || current != nil && relabelled && ns.waiting > 0 || lives && !lived && a.cacheWants(key.Namespace, ns) {
+	metadata := a.cacheNeedsMetadata()
+	a.release(key.Namespace, ns, metadata)
+	if waits && !waited || current != nil && relabelled && ns.waiting > 0 || lives && !lived && a.cacheWants(key.Namespace, ns, metadata) {
 		a.queue.Add(key.Namespace) // by any Pod's labels a namespace is selected for all
 	}
 	if relabelled || !slices.Equal(old.refused, current.refused) {
@@ -413,8 +414,9 @@ func (a *Agent) releaseAll() {
 
 // queueWaiting has the namespaces looked at in which a Pod waits, or that the node cache does. The caller holds the lock.
 func (a *Agent) queueWaiting() {
+	metadata := a.cacheNeedsMetadata()
 	for name, ns := range a.namespaces {
-		if ns.waiting > 0 || a.cacheWants(name, ns) {
+		if ns.waiting > 0 || a.cacheWants(name, ns, metadata) {
 			a.queue.Add(name)
 		}
 	}
@@ -568,13 +570,15 @@ func (a *Agent) serve(ctx context.Context, name string) error {
 	}
 	err := a.serveWaiting(ctx, name)
 	a.mu.Lock()
-	wants := a.cacheWants(name, a.namespaces[name])
+	wants := a.cacheWants(name, a.namespaces[name], a.cacheNeedsMetadata())
 	a.mu.Unlock()
-	if wants {
-		_, readErr := a.readNamespace(ctx, name)
-		err = errors.Join(err, readErr)
-		a.cacheSoon()
+	if !wants {
+		return err
 	}
+	if _, readErr := a.readNamespace(ctx, name); readErr != nil {
+		return errors.Join(err, readErr)
+	}
+	a.cacheSoon()
 	return err
 }
 
